@@ -1,0 +1,9 @@
+"""GuardAlign: a distributed batch job that audits image-prompt data sets for safety.
+
+The data's path is read -> detect -> sanitize -> generate -> judge -> write; `pipeline.py` spells it out.
+Importing the package imports neither torch nor Ray.
+"""
+
+from guardalign.version import VERSION as __version__
+
+__all__ = ["__version__"]
