@@ -1,0 +1,276 @@
+"""One audit from plan to manifest: plans the input, opens or resumes the run's folder, runs what is left, reconciles.
+
+Every input ends as exactly one row, or the run says that it did not. Knows the engines by name only, and nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+import pyarrow as pa
+
+from guardalign.config import EMBEDDED, AuditConfig, to_plain
+from guardalign.errors import ResumeError, RunFailedError
+from guardalign.fingerprint import changed_files, differences, science
+from guardalign.micro import UNTRAINED, resolve_clip, resolve_input, resolve_lvlm
+from guardalign.models.provenance import weights_fingerprint
+from guardalign.pipeline import ENGINES, NONE, steps
+from guardalign.progress import Progress
+from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
+from guardalign.schema import RESULT_NAMES, SCHEMA_VERSION, result_schema
+from guardalign.sources import Plan, Shard, Source, make_source
+from guardalign.summary import Totals, summary_lines, totals
+from guardalign.taxonomy import Taxonomy, load_taxonomy
+from guardalign.version import VERSION
+
+Say = Callable[[str], None]
+PACKAGES = ("ray", "torch", "transformers", "open_clip_torch", "pot", "pyarrow", "datasets", "pillow", "numpy")
+"""Libraries whose versions run.json records."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An audit that is planned and checked, but not begun."""
+
+    config: AuditConfig
+    """its settings"""
+    source: Source
+    """reads shards"""
+    plan: Plan
+    """what there is to read"""
+    taxonomy: Taxonomy
+    """what is looked for"""
+    science: dict[str, Any]
+    """what its rows depend on"""
+
+
+def prepare(config: AuditConfig) -> Prepared:
+    """Plans the input and seals what the rows depend on; raises a `UserError` where something is missing."""
+    taxonomy = load_taxonomy(config.taxonomy)
+    source = make_source(resolve_input(config.input), reserved=RESULT_NAMES)
+    plan = source.plan(config.shard_rows, config.limit)
+    detects = config.detector.name != NONE
+    clip_weights = _weights(resolve_clip(config.clip)) if detects else {}
+    lvlm_weights = _weights(resolve_lvlm(config.lvlm))
+    sealed = science(config, clip_weights, lvlm_weights, taxonomy.fingerprint if detects else "")
+    return Prepared(config, source, plan, taxonomy, sealed)
+
+
+def audit(config: AuditConfig, say: Say = print) -> int:
+    """Runs the audit; returns the exit code: 0, or 130 after an interruption. Failures are `UserError`s."""
+    untrained = EMBEDDED in (config.lvlm.model, config.clip.model if config.detector.name != NONE else "")
+    if untrained:
+        say(UNTRAINED)
+    prepared = prepare(config)
+    for note in prepared.plan.notes:
+        say(f"note: {note}")
+    code = _dry_run(prepared, say) if config.dry_run else _audit_into_folder(prepared, say)
+    if untrained:
+        say(UNTRAINED)
+    return code
+
+
+def _dry_run(prepared: Prepared, say: Say) -> int:
+    """Prints the plan and the columns, loads the models, runs and writes nothing."""
+    plan, config = prepared.plan, prepared.config
+    say(f"plan: {plan.num_rows:,} rows in {len(plan.shards):,} shards from {len(plan.files):,} files")
+    for field in result_schema(plan.passthrough_fields):
+        doc = (field.metadata or {}).get(b"doc", b"passed through from the input").decode()
+        say(f"column {field.name} ({field.type}): {doc}")
+    for step in steps(config, prepared.taxonomy):
+        stage: Any = step.make()
+        say(f"stage {stage.name}: ready")
+    say("dry run: nothing was run, nothing was written")
+    return 0
+
+
+def _audit_into_folder(prepared: Prepared, say: Say) -> int:
+    folder = RunFolder(prepared.config.output)
+    with Lock(folder):
+        attempts, run_id = _open(folder, prepared)
+        done = folder.committed()
+        left = [shard for shard in prepared.plan.shards if shard.index not in done]
+        if not left and folder.exists("run.json"):
+            say(f"nothing to do: {folder.out} is complete ({prepared.plan.num_rows:,} rows)")
+            return _verdict_on_errors(prepared.config, Totals(**folder.read_json("run.json")["totals"]))
+        _record_start(folder, prepared, attempts, run_id)
+        if done:
+            say(f"resuming: {len(done):,} of {len(prepared.plan.shards):,} shards are done")
+        started = monotonic()
+        schema = result_schema(prepared.plan.passthrough_fields)
+        writer = ShardWriter(_absolute(folder), schema, run_id, attempts)
+        receipts, interrupted = _work(prepared, left, writer, folder)
+        if interrupted:
+            say(f"interrupted: {len(folder.committed()):,} of {len(prepared.plan.shards):,} shards are committed")
+            say(f"to resume, type the same line again: guardalign {' '.join(sys.argv[1:])}")
+            return 130
+        whole = _finish(folder, prepared, receipts, run_id, attempts, monotonic() - started)
+        seconds = monotonic() - started
+        where = f"{folder.out}/results/*.parquet ({len(prepared.plan.shards):,} files), {folder.out}/run.json"
+        for line in summary_lines(whole, totals(receipts), seconds, where, _next_command(folder)):
+            say(line)
+    return _verdict_on_errors(prepared.config, whole)
+
+
+def _open(folder: RunFolder, prepared: Prepared) -> tuple[int, str]:
+    """Refuses a folder that holds another run; returns the number of attempts, this one included, and the run's id."""
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    if not folder.exists("plan.json"):
+        if folder.committed():
+            raise ResumeError(f"{folder.out} holds result files but no plan.json; name another --output")
+        return 1, run_id
+    before = folder.read_json("plan.json")
+    changes = differences(before["science"] | before["shape"], prepared.science | _shape(prepared))
+    files = changed_files(folder.read_table("inputs.parquet").to_pylist(), _listing(prepared.plan).to_pylist())
+    if changes or files:
+        named = "; ".join(changes[:5] + files[:5])
+        more = max(len(changes) - 5, 0) + max(len(files) - 5, 0)
+        rest = f"; and {more} more" if more else ""
+        raise ResumeError(
+            f"{folder.out} holds a run that this one would mix with: {named}{rest}; name another --output"
+        )
+    return int(before["attempts"]) + 1, run_id
+
+
+def _shape(prepared: Prepared) -> dict[str, Any]:
+    """The shape of the plan; rows and shards come last, so that what caused their change is named first."""
+    return {"shard_rows": prepared.config.shard_rows, "limit": prepared.config.limit}
+
+
+def _listing(plan: Plan) -> pa.Table:
+    names = ("path", "size", "etag")
+    rows = {name: [getattr(file, name) for file in plan.files] for name in names}
+    return pa.table(rows, schema=pa.schema([("path", pa.string()), ("size", pa.int64()), ("etag", pa.string())]))
+
+
+def _record_start(folder: RunFolder, prepared: Prepared, attempts: int, run_id: str) -> None:
+    folder.clear_temporary()
+    if folder.exists("run.json"):
+        folder.files.rm_file(folder.path("run.json"))
+    if attempts == 1:
+        folder.write_table("inputs.parquet", _listing(prepared.plan))
+    record = {"science": prepared.science, "shape": _shape(prepared), "attempts": attempts, "run_id": run_id}
+    folder.write_json("plan.json", record | {"num_rows": prepared.plan.num_rows})
+
+
+def _work(
+    prepared: Prepared, left: Sequence[Shard], writer: ShardWriter, folder: RunFolder
+) -> tuple[list[Receipt], bool]:
+    """Runs the shards that are left; tells what was committed and whether somebody interrupted."""
+    config = prepared.config
+    done_rows = prepared.plan.num_rows - sum(shard.num_rows for shard in left)
+    receipts: list[Receipt] = []
+    if not left:
+        return receipts, False
+    engine = ENGINES[config.engine]
+    with Progress(prepared.plan.num_rows, done_rows, config.cluster.log_seconds) as progress:
+        try:
+            for receipt in engine(config, prepared.taxonomy, prepared.source, left, writer):
+                receipts.append(receipt)
+                progress.add(receipt)
+        except KeyboardInterrupt:
+            return receipts, True
+    return receipts, False
+
+
+def _finish(
+    folder: RunFolder, prepared: Prepared, receipts: Sequence[Receipt], run_id: str, attempts: int, seconds: float
+) -> Totals:
+    """Reconciles inputs with rows, then writes the manifest."""
+    folder.clear_temporary()
+    mine = {receipt.shard: receipt for receipt in receipts}
+    files = folder.committed()
+    every = [mine[index] if index in mine else folder.receipt(name) for index, name in sorted(files.items())]
+    _reconcile(prepared.plan, every)
+    whole = totals(every)
+    folder.write_json("run.json", _manifest(prepared, every, whole, totals(receipts), run_id, attempts, seconds))
+    return whole
+
+
+def _reconcile(plan: Plan, receipts: Sequence[Receipt]) -> None:
+    planned = {shard.index: shard.num_rows for shard in plan.shards}
+    written = {receipt.shard: receipt.num_rows for receipt in receipts}
+    if planned == written:
+        return
+    wrong = sorted(index for index in planned | written if planned.get(index) != written.get(index))
+    raise RunFailedError(
+        f"{sum(planned.values()):,} rows were planned and {sum(written.values()):,} written; "
+        f"{len(wrong)} shards differ, the first is {wrong[0]}; run the same line again"
+    )
+
+
+def _manifest(
+    prepared: Prepared,
+    receipts: Sequence[Receipt],
+    whole: Totals,
+    this_run: Totals,
+    run_id: str,
+    attempts: int,
+    seconds: float,
+) -> dict[str, Any]:
+    plan = prepared.plan
+    notes = [*plan.notes, *dict.fromkeys(note for receipt in receipts for note in receipt.notes)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "attempts": attempts,
+        "finished": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "config": to_plain(prepared.config),
+        "fingerprint": prepared.science | _shape(prepared),
+        "input": {"num_rows": plan.num_rows, "num_shards": len(plan.shards), "num_files": len(plan.files)},
+        "versions": _versions(),
+        "totals": asdict(whole),
+        "counters": whole.counters,
+        "this_run": {"totals": asdict(this_run), "seconds": seconds},
+        "notes": notes,
+        "files": [
+            {"name": f"results/shard-{r.shard:06d}.parquet", "rows": r.num_rows, "sha256": r.sha256} for r in receipts
+        ],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"guardalign": VERSION, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _verdict_on_errors(config: AuditConfig, whole: Totals) -> int:
+    most = config.max_error_fraction
+    if most is not None and whole.num_errors > most * whole.rows:
+        raise RunFailedError(
+            f"{whole.num_errors:,} of {whole.rows:,} rows ended in an error, more than max_error_fraction {most} allows"
+        )
+    return 0
+
+
+def _weights(located: Any) -> dict[str, str]:
+    return weights_fingerprint(located.model)
+
+
+def _absolute(folder: RunFolder) -> str:
+    return folder.root if folder.is_local else folder.out
+
+
+def _next_command(folder: RunFolder) -> str:
+    """A line that shows the first flagged row, or else the first row."""
+    first = None
+    for table in folder.tables(["sample_id", "flagged"]):
+        flagged = [row["sample_id"] for row in table.to_pylist() if row["flagged"]]
+        first = first or table["sample_id"][0].as_py()
+        if flagged:
+            first = flagged[0]
+            break
+    return f"guardalign show {folder.out} {first}"

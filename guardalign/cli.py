@@ -1,0 +1,141 @@
+"""The console command: `guardalign audit | rescore | show`. Parses, dispatches, and turns errors into one line.
+
+Exit codes: 0 done; 1 the run ended, but not as promised; 2 something that the user can mend; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from guardalign.errors import RunFailedError, UserError
+from guardalign.version import VERSION
+
+USAGE = """usage: guardalign COMMAND ...
+
+commands:
+  audit     audit a data set: detect, blank, answer, judge; one Parquet row an input   (guardalign audit --help)
+  rescore   write the flags and masks of another threshold beside a finished run       (guardalign rescore --help)
+  show      print one row and write its picture with heat map and mask                 (guardalign show --help)
+
+guardalign --version prints the version. Without settings, `guardalign audit` runs on the embedded sample.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        print(f"guardalign {VERSION}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        return _complain(f"there is no command {words[0]!r}; one of: {', '.join(COMMANDS)}", 2)
+    try:
+        return command(words[1:])
+    except RunFailedError as error:
+        return _complain(str(error), 1)
+    except UserError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _complain(sentence: str, code: int) -> int:
+    print(f"guardalign: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+def _audit(words: Sequence[str]) -> int:
+    from guardalign import settings
+
+    parser = argparse.ArgumentParser(prog="guardalign audit", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", default=None)
+    parser.add_argument("--config", action="append", default=[])
+    for flag in ("--help", "-h", "--print_config", "--version"):
+        parser.add_argument(flag, action="store_true")
+    try:
+        layers, flags = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        return _complain(str(error), 2)
+    if layers.version:
+        print(f"guardalign {VERSION}")
+        return 0
+    if layers.help or layers.h:
+        print(AUDIT_HELP.format(recipes=", ".join(settings.recipe_names()), default=settings.DEFAULT_RECIPE))
+        print(settings.help_text(layers.recipe, layers.config, flags))
+        return 0
+    config = settings.load_settings(layers.recipe, layers.config, flags)
+    if layers.print_config:
+        print(settings.as_yaml(config), end="")
+        return 0
+    from guardalign.audit import audit
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    return audit(config)
+
+
+AUDIT_HELP = """usage: guardalign audit [--recipe NAME] [--config FILE]... [--dotted.flag VALUE]...
+
+A recipe holds a method, files merge over it in their order, flags win. Without any setting the embedded sample is
+audited by embedded models. A second run into the same --output resumes the first.
+
+  --recipe NAME     one of: {recipes} (default: {default})
+  --config FILE     YAML with settings; may be given several times
+  --print_config    print the settings that result, as YAML, and stop
+  --version         print the version and stop
+
+The settings below are those of the strategies that the command line chooses; --defense.name none --help shows others.
+"""
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _rescore(words: Sequence[str]) -> int:
+    from guardalign.rescore import rescore
+
+    parser = argparse.ArgumentParser(
+        prog="guardalign rescore",
+        description="Applies another threshold to the stored scores of a finished run; writes "
+        "OUT/rescored/threshold-T.parquet and names the rows whose picture the model would now see differently.",
+    )
+    parser.add_argument("out", help="the run's folder")
+    parser.add_argument("--threshold", type=float, required=True, help="scores strictly below it are unsafe")
+    given = parser.parse_args(list(words))
+    for line in rescore(given.out, given.threshold):
+        print(line)
+    return 0
+
+
+def _show(words: Sequence[str]) -> int:
+    from guardalign.show import show
+
+    parser = argparse.ArgumentParser(
+        prog="guardalign show",
+        description="Prints one row of a run and writes its picture, heat map and mask side by side as PNG.",
+    )
+    parser.add_argument("out", help="the run's folder")
+    parser.add_argument("sample_id", help="the row's sample_id")
+    given = parser.parse_args(list(words))
+    for line in show(given.out, given.sample_id):
+        print(line)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"audit": _audit, "rescore": _rescore, "show": _show}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What a run's rows depend on, as nested plain values, and the words for how two such records differ.
+
+The science (settings, weight hashes, taxonomy, package version) and the input's shape are in it; where and how fast the
+work runs is not, nor are paths, which differ between machines. Knows nothing of models, files or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from guardalign.config import AuditConfig, to_plain
+from guardalign.version import VERSION
+
+_HARDWARE = ("cluster", "output", "engine", "dry_run", "max_error_fraction")
+_NESTED_HARDWARE = {
+    "input": ("path", "image_root"),
+    "clip": ("model", "pretrained", "device", "batch_size"),
+    "lvlm": ("model", "revision", "device", "device_map", "batch_size"),
+    "detector": ("model",),
+}
+
+
+def science(
+    config: AuditConfig, clip_weights: Mapping[str, str], lvlm_weights: Mapping[str, str], taxonomy: str
+) -> dict[str, Any]:
+    """The settings that decide a row, with weights and taxonomy by hash instead of by place."""
+    plain = {key: value for key, value in to_plain(config).items() if key not in _HARDWARE}
+    for section, names in _NESTED_HARDWARE.items():
+        plain[section] = {key: value for key, value in plain[section].items() if key not in names}
+    plain["clip"]["weights"], plain["lvlm"]["weights"] = dict(clip_weights), dict(lvlm_weights)
+    return plain | {"taxonomy": taxonomy, "guardalign": VERSION}
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One phrase for each setting that differs, in the order of the settings."""
+    old, new = dict(flat(before)), dict(flat(now))
+    names = [*new, *(name for name in old if name not in new)]
+    missing = "absent"
+    return [
+        f"{name} was {_shown(old.get(name, missing))}, is now {_shown(new.get(name, missing))}"
+        for name in names
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
+
+
+def changed_files(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One phrase for each input file that came, went or changed."""
+    old, new = {row["path"]: row for row in before}, {row["path"]: row for row in now}
+    came = [f"{path} is new" for path in new if path not in old]
+    went = [f"{path} is gone" for path in old if path not in new]
+    changed = [f"{path} has changed" for path in new if path in old and dict(old[path]) != dict(new[path])]
+    return came + went + changed

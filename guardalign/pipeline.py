@@ -1,0 +1,233 @@
+"""The audit as a literal list of steps, and the two engines that run it: a loop, or actor pools on Ray Data.
+
+    read -> detect -> sanitize -> generate -> judge -> write
+
+One shard is one Arrow table, all the way; what comes back is one small receipt a shard. This is the only file that
+imports Ray, and it does so only when the Ray engine runs. Knows nothing of resuming, of locks or of what is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from guardalign.config import AuditConfig
+from guardalign.defenses import DEFENSES
+from guardalign.detectors import DETECTORS
+from guardalign.errors import UserError
+from guardalign.judges import JUDGES
+from guardalign.micro import resolve_clip, resolve_lvlm
+from guardalign.models import hide_progress_bars
+from guardalign.results import Receipt, ShardWriter
+from guardalign.sanitizers import SANITIZERS
+from guardalign.schema import PLANNED, with_columns
+from guardalign.sources import Shard, Source
+from guardalign.stages import Detect, Generate, Judge, Sanitize, Thumbnails, admit
+from guardalign.taxonomy import Taxonomy
+
+Stage = Callable[[pa.Table], pa.Table]
+NONE = "none"
+"""A strategy's name that leaves its stage out."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the pipeline, to be built where it runs."""
+
+    pool: str
+    """the actor pool that holds it: detect or generate"""
+    make: Callable[[], Stage]
+    """loads and returns the stage"""
+
+
+def steps(config: AuditConfig, taxonomy: Taxonomy) -> list[Step]:
+    """What happens to every shard between reading and writing, in order."""
+    max_pixels = config.input.max_image_pixels
+    listed = []
+    if config.detector.name != NONE:
+        listed.append(Step("detect", partial(_detect, config, taxonomy)))
+    if config.images.keep != "none":
+        images = config.images
+        listed.append(Step("detect", partial(Thumbnails, images.keep, images.thumbnail_size, max_pixels)))
+    if config.sanitizer.name != NONE and config.detector.name != NONE:
+        sanitizer = SANITIZERS[config.sanitizer.name](**config.sanitizer.options)
+        listed.append(Step("detect", partial(Sanitize, sanitizer, max_pixels)))
+    listed.append(Step("generate", partial(_generate, config)))
+    if config.judge.name != NONE:
+        judge = JUDGES[config.judge.name](**config.judge.options)
+        listed.append(Step("generate", partial(Judge, judge)))
+    return listed
+
+
+def _detect(config: AuditConfig, taxonomy: Taxonomy) -> Stage:
+    detector = DETECTORS[config.detector.name](**config.detector.options)
+    return Detect(resolve_clip(config.clip), detector, taxonomy, config.input.max_image_pixels)
+
+
+def _generate(config: AuditConfig) -> Stage:
+    defense = DEFENSES[config.defense.name](**config.defense.options)
+    max_pixels = config.input.max_image_pixels
+    return Generate(resolve_lvlm(config.lvlm), defense, config.defense.name, config.generation, max_pixels)
+
+
+def read_shard(source: Source, shard: Shard) -> pa.Table:
+    """A shard's rows as the first working table."""
+    table = source.read(shard)
+    assert table.num_rows == shard.num_rows, f"shard {shard.index}: {table.num_rows} rows, {shard.num_rows} planned"
+    rows = shard.num_rows
+    return admit(with_columns(table, {"shard": [shard.index] * rows, PLANNED: [rows] * rows}))
+
+
+def run_locally(
+    config: AuditConfig, taxonomy: Taxonomy, source: Source, shards: Sequence[Shard], writer: ShardWriter
+) -> Iterator[Receipt]:
+    """The engine without Ray: every shard through every stage, one after the other."""
+    _use_threads(config.cluster.threads)
+    hide_progress_bars()
+    stages = [step.make() for step in steps(config, taxonomy)]
+    for shard in shards:
+        table = read_shard(source, shard)
+        for stage in stages:
+            table = stage(table)
+        yield writer.commit(table)
+
+
+class Pool:
+    """What one Ray actor holds: the stages of its pool, and for the last pool the writer.
+
+    What the user can mend travels back as a value, since an exception that crosses Ray loses its class and its words.
+    """
+
+    def __init__(self, listed: Sequence[Step], threads: int, writer: ShardWriter | None) -> None:
+        _use_threads(threads)
+        self.writer = writer
+        self.stages: list[Stage] = []
+        self.problem: UserError | None = None
+        try:
+            self.stages = [step.make() for step in listed]
+        except UserError as problem:
+            self.problem = problem
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A shard through this pool's stages; the last pool gives back its receipt."""
+        if PROBLEM in table.column_names:
+            return table
+        try:
+            if self.problem is not None:
+                raise self.problem
+            for stage in self.stages:
+                table = stage(table)
+        except UserError as problem:
+            return pa.table({PROBLEM: [str(problem)], "kind": [type(problem).__name__]})
+        if self.writer is None:
+            return table
+        return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})
+
+
+PROBLEM = "_problem"
+"""Column of a table that stands for a shard that could not be worked on because of what the user can mend."""
+
+
+def _receipt(batch: pa.Table) -> Receipt:
+    """The receipt that came back, or the `UserError` that did."""
+    if PROBLEM in batch.column_names:
+        kinds: dict[str, type[UserError]] = {kind.__name__: kind for kind in UserError.__subclasses__()}
+        raise kinds.get(batch["kind"][0].as_py(), UserError)(batch[PROBLEM][0].as_py())
+    return Receipt(**json.loads(batch["receipt"][0].as_py()))
+
+
+def run_on_ray(
+    config: AuditConfig, taxonomy: Taxonomy, source: Source, shards: Sequence[Shard], writer: ShardWriter
+) -> Iterator[Receipt]:
+    """The engine on Ray Data: tasks read, a first actor pool detects, a second answers, judges and writes."""
+    import ray
+
+    _join_cluster(config)
+    _keep_shards_whole()
+    listed = steps(config, taxonomy)
+    rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        partial(_read_task, source), batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS
+    )
+    for pool in ("detect", "generate"):
+        members = [step for step in listed if step.pool == pool]
+        if members:
+            dataset = _through_pool(dataset, config, pool, members, writer if pool == "generate" else None)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield _receipt(batch)
+
+
+READ_CPUS = 0.25
+"""Logical CPUs of a read task: it waits for files. Unlike the pools' so that Ray does not fuse reading into an actor."""
+
+
+def _read_task(source: Source, batch: pa.Table) -> pa.Table:
+    (descriptor,) = batch["shard"].to_pylist()
+    return read_shard(source, pickle.loads(descriptor))
+
+
+def _through_pool(dataset: Any, config: AuditConfig, pool: str, members: Sequence[Step], writer: Any) -> Any:
+    import ray
+
+    cluster = config.cluster
+    return dataset.map_batches(
+        Pool,
+        fn_constructor_args=(list(members), cluster.threads, writer),
+        compute=ray.data.ActorPoolStrategy(size=getattr(cluster, f"{pool}_actors")),
+        num_gpus=getattr(cluster, f"{pool}_gpus"),
+        num_cpus=getattr(cluster, f"{pool}_cpus"),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+    )
+
+
+def _join_cluster(config: AuditConfig) -> None:
+    """Joins the cluster that the settings or RAY_ADDRESS name; else starts a small one on this machine.
+
+    A local cluster declares more logical CPUs than it may have: every actor and task holds some, and two pools that
+    wait for a third one's CPU wait for ever.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet = {"logging_level": "error", "log_to_driver": False}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    cluster = config.cluster
+    held = cluster.detect_actors * cluster.detect_cpus + cluster.generate_actors * cluster.generate_cpus
+    ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, held + 4)), include_dashboard=False, **quiet)
+
+
+def _keep_shards_whole() -> None:
+    """Ray Data must neither split nor merge blocks: a block is a shard, and a shard is a file."""
+    import logging
+
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+ENGINES: dict[str, Callable[..., Iterator[Receipt]]] = {"ray": run_on_ray, "local": run_locally}

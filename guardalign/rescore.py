@@ -1,0 +1,113 @@
+"""Another threshold on stored scores: new flags and masks beside a finished run, without any model.
+
+The scores stay; only what follows from them changes. An answer was given under the old mask, so rows whose picture the
+LVLM would now see differently are named: theirs would have to be answered again. Knows nothing of models or Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from guardalign.core.patches import patch_boxes
+from guardalign.errors import ConfigError, InputError
+from guardalign.results import RunFolder
+from guardalign.sanitizers import masked_fraction
+from guardalign.schema import grid_of_row
+from guardalign.summary import rate
+
+COLUMNS = (
+    "sample_id",
+    "flagged",
+    "image_score",
+    "patch_scores",
+    "patch_grid",
+    "patch_canvas",
+    "patch_boxes",
+    "unsafe_patches",
+    "masked_fraction",
+    "width",
+    "height",
+)
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), metadata={"doc": "the row's id in the run"}),
+        pa.field("threshold", pa.float64(), metadata={"doc": "the threshold applied here"}),
+        pa.field("flagged", pa.bool_(), metadata={"doc": "image_score < threshold; null where nothing was detected"}),
+        pa.field("unsafe_patches", pa.list_(pa.int32()), metadata={"doc": "patches with score < threshold"}),
+        pa.field("masked_fraction", pa.float32(), metadata={"doc": "share of pixels that would be replaced"}),
+        pa.field("flag_changed", pa.bool_(), metadata={"doc": "the flag differs from the run's"}),
+        pa.field("picture_changed", pa.bool_(), metadata={"doc": "the LVLM would see another picture than it did"}),
+    ]
+)
+NAMED_ROWS = 10
+"""Rows that are named on the screen; the file has them all."""
+
+
+def rescore(out: str, threshold: float) -> list[str]:
+    """Writes OUT/rescored/threshold-T.parquet; returns the lines of its summary."""
+    if not math.isfinite(threshold):
+        raise ConfigError(f"--threshold must be a finite number, not {threshold}")
+    folder = RunFolder(out)
+    manifest = open_finished(folder)
+    if manifest["config"]["detector"]["name"] == "none":
+        raise InputError(f"{out} was made without a detector: there are no scores to apply a threshold to")
+    sanitized = manifest["config"]["sanitizer"]["name"] != "none"
+    rows = [row for table in folder.tables(COLUMNS) for row in _rescored(table, threshold, sanitized)]
+    name = f"rescored/threshold-{threshold:g}.parquet"
+    folder.write_table(name, pa.Table.from_pylist(rows, schema=SCHEMA))
+    return _lines(rows, folder.out, name, threshold)
+
+
+def open_finished(folder: RunFolder) -> dict[str, Any]:
+    """The manifest of a finished run; an `InputError` where there is none."""
+    if not folder.exists("run.json"):
+        state = "is not finished: run its audit again to resume" if folder.exists("plan.json") else "holds no run"
+        raise InputError(f"{folder.out} {state}")
+    return folder.read_json("run.json")
+
+
+def _rescored(table: pa.Table, threshold: float, sanitized: bool) -> Iterator[dict[str, Any]]:
+    for row in table.to_pylist():
+        if row["flagged"] is None:
+            yield {"sample_id": row["sample_id"], "threshold": threshold}
+            continue
+        scores = row["patch_scores"]
+        unsafe = [] if scores is None else [int(patch) for patch in np.flatnonzero(np.asarray(scores) < threshold)]
+        flagged = row["image_score"] < threshold
+        yield {
+            "sample_id": row["sample_id"],
+            "threshold": threshold,
+            "flagged": flagged,
+            "unsafe_patches": unsafe,
+            "masked_fraction": _fraction(row, unsafe) if sanitized else None,
+            "flag_changed": flagged != row["flagged"],
+            "picture_changed": sanitized and unsafe != list(row["unsafe_patches"] or ()),
+        }
+
+
+def _fraction(row: dict[str, Any], unsafe: list[int]) -> float:
+    grid = grid_of_row(row)
+    if grid is None or not unsafe:
+        return 0.0
+    if unsafe == row["unsafe_patches"] and row["masked_fraction"] is not None:
+        return float(row["masked_fraction"])
+    boxes = patch_boxes(grid, row["width"], row["height"])
+    return masked_fraction([boxes[patch] for patch in unsafe], row["width"], row["height"])
+
+
+def _lines(rows: list[dict[str, Any]], out: str, name: str, threshold: float) -> list[str]:
+    detected = [row for row in rows if row.get("flagged") is not None]
+    changed = [row["sample_id"] for row in detected if row["picture_changed"]]
+    named = ", ".join(changed[:NAMED_ROWS]) + (f" and {len(changed) - NAMED_ROWS:,} more" if changed[NAMED_ROWS:] else "")
+    return [
+        f"threshold  {threshold:g}",
+        f"flagged    {rate(sum(row['flagged'] for row in detected), len(detected))}",
+        f"flags      {sum(row['flag_changed'] for row in detected):,} changed",
+        f"pictures   {len(changed):,} would look different to the LVLM" + (f": {named}" if changed else ""),
+        f"written    {out}/{name}",
+    ]

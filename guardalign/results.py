@@ -1,0 +1,270 @@
+"""Where a run's files stand, how a shard is committed, and how a run is read back.
+
+    OUT/plan.json                  the science and the input's shape, written before any work
+    OUT/inputs.parquet             every input file with size and etag
+    OUT/results/shard-000017.parquet   one file a shard, complete or absent
+    OUT/run.json                   the manifest, written last: its presence means "complete"
+    OUT/.lock                      held while a process works in OUT
+
+A commit writes the whole file under a temporary name, flushes it to the disk and renames it; on an object store it is
+one PUT. So a shard is done exactly when its file is there, and doing it twice changes nothing. Knows nothing of stages,
+models, sources or Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from guardalign.errors import ResumeError
+from guardalign.schema import PLANNED, TIMED_STAGES, Trace, to_result, trace_of, with_columns
+
+RECEIPT_KEY = "guardalign.receipt"
+_SHARD_FILE = re.compile(r"shard-(\d+)\.parquet$")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one committed shard holds; it stands in the shard file's footer and flows back to the driver."""
+
+    shard: int
+    """index of the shard"""
+    num_rows: int
+    """rows in the file"""
+    errors: dict[str, int] = field(default_factory=dict)
+    """error rows by kind"""
+    detected: int = 0
+    """rows with a detection"""
+    flagged: int = 0
+    """of these, flagged"""
+    judged: int = 0
+    """answered rows that a judge decided (refused is not null)"""
+    refused: int = 0
+    """of these, refused"""
+    num_images: int = 0
+    """rows with a picture"""
+    num_tokens: int = 0
+    """decoded tokens"""
+    counters: dict[str, int] = field(default_factory=dict)
+    """model loads and forward calls"""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """wall seconds by stage"""
+    notes: list[str] = field(default_factory=list)
+    """what the models had to say, once a worker"""
+    run_id: str = ""
+    """the run that committed it"""
+    sha256: str = ""
+    """of the file; empty in the file itself"""
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that ended in an error."""
+        return sum(self.errors.values())
+
+
+def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Receipt:
+    """Counts a shard's result rows."""
+    flagged, refused = result["flagged"].to_pylist(), result["refused"].to_pylist()
+    kinds = Counter(kind for kind in result["error_kind"].to_pylist() if kind is not None)
+    return Receipt(
+        shard=shard,
+        num_rows=result.num_rows,
+        errors=dict(sorted(kinds.items())),
+        detected=sum(value is not None for value in flagged),
+        flagged=sum(value is True for value in flagged),
+        judged=sum(value is not None for value in refused),
+        refused=sum(value is True for value in refused),
+        num_images=result.num_rows - result["image_sha256"].null_count,
+        num_tokens=sum(value or 0 for value in result["num_tokens"].to_pylist()),
+        counters=dict(trace.counters),
+        seconds=dict(trace.seconds),
+        notes=list(trace.notes),
+        run_id=run_id,
+    )
+
+
+class RunFolder:
+    """The files of one run, on a local (or mounted) file system or any fsspec URI."""
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+        self.files, root = fsspec.url_to_fs(os.path.expanduser(out))
+        self.root = str(root).rstrip("/")
+        self.is_local = isinstance(self.files, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """The full path of a file of the run."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether the run has that file."""
+        return bool(self.files.exists(self.path(name)))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run."""
+        return json.loads(self.files.cat_file(self.path(name)))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file whole, or not at all."""
+        self.write(name, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A Parquet file of the run."""
+        with self.files.open(self.path(name), "rb") as stream:
+            return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
+
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Writes a Parquet file (zstd) whole, or not at all; returns its SHA-256."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", row_group_size=max(table.num_rows, 1))
+        content = buffer.getvalue()
+        self.write(name, content)
+        return hashlib.sha256(content).hexdigest()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file whole, or not at all."""
+        target = self.path(name)
+        if not self.is_local:
+            self.files.pipe_file(target, content)
+            return
+        folder = Path(target).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{Path(target).name}.{os.getpid()}.tmp"
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+        _flush_folder(folder)
+
+    def clear_temporary(self) -> int:
+        """Removes what a killed process left half-written; returns the number of files removed."""
+        if not self.is_local:
+            return 0
+        left = [*Path(self.root).glob(".*.tmp"), *Path(self.root, "results").glob(".*.tmp")]
+        for file in left:
+            file.unlink(missing_ok=True)
+        return len(left)
+
+    def committed(self) -> dict[int, str]:
+        """The shards that are done: index -> file name within the run."""
+        folder = self.path("results")
+        if not self.files.exists(folder):
+            return {}
+        names = (Path(str(path)).name for path in self.files.ls(folder, detail=False))
+        return {int(match[1]): f"results/{name}" for name in sorted(names) if (match := _SHARD_FILE.fullmatch(name))}
+
+    def receipt(self, name: str) -> Receipt:
+        """The receipt in a shard file's footer, with the checksum of the file as it is now."""
+        content = self.files.cat_file(self.path(name))
+        metadata = pq.ParquetFile(io.BytesIO(content)).schema_arrow.metadata or {}
+        found = json.loads(metadata[RECEIPT_KEY.encode()])
+        return replace(Receipt(**found), sha256=hashlib.sha256(content).hexdigest())
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The result rows, shard by shard, in the shards' order."""
+        for _, name in sorted(self.committed().items()):
+            yield self.read_table(name, columns)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """The last stage: commits one shard as one Parquet file."""
+
+    out: str
+    """the run's folder"""
+    schema: pa.Schema
+    """of the result files"""
+    run_id: str
+    """this run's name"""
+    attempts: int
+    """runs so far that had these shards to do, this one included"""
+
+    def commit(self, table: pa.Table) -> Receipt:
+        """Writes a shard's working table, and tells what it holds."""
+        shard, planned = _only(table, "shard"), _only(table, PLANNED)
+        assert table.num_rows == planned, f"shard {shard} has {table.num_rows} rows, {planned} were planned"
+        trace = trace_of(table)
+        result = to_result(self._with_provenance(table, trace), self.schema)
+        receipt = shard_receipt(result, shard, self.run_id, trace)
+        metadata = dict(result.schema.metadata) | {RECEIPT_KEY: json.dumps(asdict(receipt))}
+        name = f"results/shard-{shard:06d}.parquet"
+        sha256 = RunFolder(self.out).write_table(name, result.replace_schema_metadata(metadata))
+        return replace(receipt, sha256=sha256)
+
+    def _with_provenance(self, table: pa.Table, trace: Trace) -> pa.Table:
+        rows = table.num_rows
+        share = {
+            f"{stage}_seconds": trace.seconds[stage] / rows if stage in trace.seconds else None
+            for stage in TIMED_STAGES
+        }
+        return with_columns(
+            table, {"timings": [share] * rows, "attempts": [self.attempts] * rows, "run_id": [self.run_id] * rows}
+        )
+
+
+def _only(table: pa.Table, column: str) -> int:
+    """The one value of a column that must be the same throughout the shard."""
+    values = table[column].unique().to_pylist()
+    assert len(values) == 1, f"{column} has the values {values[:5]} in what must be one shard"
+    return int(values[0])
+
+
+class Lock:
+    """At most one process works in a run's folder; the lock dies with its holder, however that dies.
+
+    Local and mounted file systems only: an object store has no such lock, and there the last writer of a shard wins,
+    with equal rows.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        """Takes the lock, or raises `ResumeError` with its holder."""
+        if not self.folder.is_local:
+            return self
+        import fcntl
+
+        Path(self.folder.root).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder.path(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise ResumeError(
+                f"another process ({holder}) works in {self.folder.out}; wait for it, or name another --output"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"pid {os.getpid()}".encode())
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,216 @@
+"""From a recipe, YAML files and flags to one `AuditConfig`: files merge in their order, flags win.
+
+The strategies' names are looked up first, each name chooses its class, and only then are the keys checked against it:
+a key of another class is a mistake, not a reason to change the class. A layer that names another strategy drops what
+earlier layers said of the old one. jsonargparse does the parsing, the types and the help. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from guardalign.config import AuditConfig, Choice, to_plain
+from guardalign.defenses import DEFENSES
+from guardalign.detectors import DETECTORS
+from guardalign.errors import ConfigError
+from guardalign.judges import JUDGES
+from guardalign.sanitizers import SANITIZERS
+
+RECIPES = Path(__file__).with_name("recipes")
+DEFAULT_RECIPE = "guardalign"
+STRATEGIES: dict[str, Mapping[str, type | None]] = {
+    "detector": {"none": None, **DETECTORS},
+    "sanitizer": {"none": None, **SANITIZERS},
+    "defense": dict(DEFENSES),
+    "judge": {"none": None, **JUDGES},
+}
+"""The classes behind each strategy's names; None leaves the stage out."""
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_settings(recipe: str | None, files: Sequence[str], flags: Sequence[str]) -> AuditConfig:
+    """The settings of a recipe, then these files, then these flags; every mistake is a one-line `ConfigError`."""
+    merged = _layered(recipe, files, flags)
+    parser = audit_parser(_names(merged))
+    empty = [key for key, value in merged.items() if value is None and key not in ("limit", "max_error_fraction")]
+    if empty:
+        raise ConfigError(f"{empty[0]} is empty in the config file; give it a value or leave it out")
+    try:
+        parsed = parser.parse_args(list(flags), namespace=parser.parse_object(merged, defaults=True))
+    except ArgumentError as error:
+        raise ConfigError(one_line(error.message, parser)) from None
+    return _config(parsed)
+
+
+def audit_parser(names: Mapping[str, str]) -> ArgumentParser:
+    """A parser of every setting, for strategies of these names."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="guardalign audit", exit_on_error=False, add_help=False, allow_abbrev=False)
+    parser.add_class_arguments(AuditConfig, skip=set(STRATEGIES), fail_untyped=True)
+    for section, name in names.items():
+        strategy = STRATEGIES[section][name]
+        known = ", ".join(STRATEGIES[section])
+        parser.add_argument(f"--{section}.name", type=str, default=name, help=f"one of: {known}")
+        if strategy is not None:
+            parser.add_class_arguments(strategy, section)
+            dataclass_fields = [f.name for f in dataclasses.fields(strategy)]
+            assert "name" not in dataclass_fields, f"{strategy.__name__} has a field called name"
+    return parser
+
+
+def help_text(recipe: str | None, files: Sequence[str], flags: Sequence[str]) -> str:
+    """Every setting with its meaning, for the strategies that these layers choose."""
+    return audit_parser(_names(_layered(recipe, files, flags))).format_help()
+
+
+def _layered(recipe: str | None, files: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for layer in [_recipe(recipe or DEFAULT_RECIPE), *map(_yaml_file, files), _names_in_flags(flags)]:
+        merged = _merge(merged, layer)
+    return merged
+
+
+def _names(merged: Mapping[str, Any]) -> dict[str, str]:
+    return {section: _chosen_name(section, merged) for section in STRATEGIES}
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name not in recipe_names():
+        raise ConfigError(f"there is no recipe {name!r}{_meant(name, recipe_names())}; one of: {', '.join(recipe_names())}")
+    return _yaml_file(str(RECIPES / f"{name}.yaml"))
+
+
+def _yaml_file(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config file {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"the config file {path} must hold settings as 'name: value', not a {type(content).__name__}")
+    return content
+
+
+def _names_in_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """The strategies that the flags name: --defense.name none, or --defense.name=none."""
+    chosen: dict[str, Any] = {}
+    for position, flag in enumerate(flags):
+        match = re.fullmatch(rf"--({'|'.join(STRATEGIES)})\.name(?:=(.*))?", flag, flags=re.DOTALL)
+        if match:
+            following = flags[position + 1] if position + 1 < len(flags) else ""
+            chosen[match[1]] = {"name": following if match[2] is None else match[2]}
+    return chosen
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`; a strategy that changes its name starts afresh."""
+    merged = dict(below)
+    for key, value in above.items():
+        if key in STRATEGIES and isinstance(value, str):
+            value = {"name": value}
+        old = merged.get(key)
+        renamed = key in STRATEGIES and isinstance(value, Mapping) and _renames(old, value)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping) and not renamed
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _renames(old: Any, new: Mapping[str, Any]) -> bool:
+    return isinstance(old, Mapping) and "name" in new and new["name"] != old.get("name")
+
+
+def _chosen_name(section: str, merged: Mapping[str, Any]) -> str:
+    default = getattr(AuditConfig(), section).name
+    value = merged.get(section, {})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{section} must hold a name and options, not {value!r}")
+    name = value.get("name", default)
+    known = list(STRATEGIES[section])
+    if name not in known:
+        raise ConfigError(f"{section}.name is {name!r}{_meant(str(name), known)}; one of: {', '.join(known)}")
+    return str(name)
+
+
+def _config(parsed: Namespace) -> AuditConfig:
+    plain = parsed.as_dict()
+    choices = {section: _choice(section, plain.pop(section)) for section in STRATEGIES}
+    return _built(AuditConfig, plain | choices)
+
+
+def _choice(section: str, plain: Mapping[str, Any]) -> Choice:
+    """The strategy's options, checked by building it once."""
+    options = {key: value for key, value in plain.items() if key != "name"}
+    strategy = STRATEGIES[section][plain["name"]]
+    if strategy is not None:
+        _checked(strategy, options)
+    return Choice(plain["name"], options)
+
+
+def _built(kind: type, plain: Mapping[str, Any]) -> Any:
+    """A dataclass from nested dicts."""
+    hints = typing.get_type_hints(kind)
+    values = {
+        name: _built(hints[name], value) if _is_section(hints[name]) and isinstance(value, Mapping) else value
+        for name, value in plain.items()
+    }
+    return _checked(kind, values)
+
+
+def _is_section(hint: Any) -> bool:
+    return not isinstance(hint, types.UnionType) and dataclasses.is_dataclass(hint)
+
+
+def _checked(kind: type, values: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**values)
+    except (TypeError, OverflowError) as error:
+        raise ConfigError(f"{kind.__name__}: {' '.join(str(error).split())}") from None
+
+
+_UNKNOWN = re.compile(
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"
+    r"|Option '(?P<option>[\w.]+)' is not accepted|unrecognized arguments: (?P<flag>\S+)",
+    re.IGNORECASE,
+)
+
+
+def one_line(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message as one sentence that begins with the setting's name; a misspelt one with its neighbour."""
+    text = " ".join(message.split())
+    unknown = _UNKNOWN.search(text)
+    if unknown:
+        found = unknown.groupdict()
+        key = f"{found['group']}.{found['key']}" if found["group"] else (found["option"] or found["flag"])
+        if not key.startswith("-") and "." not in key or key.startswith("--") or found["group"] or found["option"]:
+            name = key.removeprefix("--").split("=")[0]
+            return f"there is no setting {name!r}{_meant(name, (a.dest for a in parser._actions))}; see guardalign audit --help"
+        return f"{key!r} belongs to no setting; flags look like --shard_rows 20"
+    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text.removeprefix("argument --"))
+    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*?Given value: ", r"expected one of \1; got ", text)
+    text = re.sub(r"Expected an? ", "expected ", re.sub(r"\. Got value: ", ", got ", text))
+    return re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def as_yaml(config: AuditConfig) -> str:
+    """The settings as YAML that `--config` takes."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)

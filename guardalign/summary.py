@@ -1,0 +1,93 @@
+"""What a finished run says of itself: totals over its receipts, as numbers for run.json and as lines for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from guardalign.core.statistics import wilson_interval
+from guardalign.results import Receipt
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over shards."""
+
+    rows: int = 0
+    """rows written"""
+    images: int = 0
+    """rows with a picture"""
+    detected: int = 0
+    """rows with a detection"""
+    flagged: int = 0
+    """of these, flagged"""
+    judged: int = 0
+    """rows with a verdict on refusal"""
+    refused: int = 0
+    """of these, refused"""
+    tokens: int = 0
+    """decoded tokens"""
+    errors: dict[str, int] = field(default_factory=dict)
+    """error rows by kind"""
+    counters: dict[str, int] = field(default_factory=dict)
+    """model loads and forward calls"""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """seconds by stage, summed over actors"""
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that ended in an error."""
+        return sum(self.errors.values())
+
+    @property
+    def answered(self) -> int:
+        """Rows that ended in an answer."""
+        return self.rows - self.num_errors
+
+
+def totals(receipts: Iterable[Receipt]) -> Totals:
+    """The sums over these receipts."""
+    numbers: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    counters: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    for receipt in receipts:
+        numbers.update(
+            rows=receipt.num_rows,
+            images=receipt.num_images,
+            detected=receipt.detected,
+            flagged=receipt.flagged,
+            judged=receipt.judged,
+            refused=receipt.refused,
+            tokens=receipt.num_tokens,
+        )
+        errors.update(receipt.errors)
+        counters.update(receipt.counters)
+        seconds.update(receipt.seconds)
+    return Totals(
+        **numbers, errors=dict(sorted(errors.items())), counters=dict(counters), stage_seconds=dict(seconds)
+    )
+
+
+def summary_lines(whole: Totals, this_run: Totals, seconds: float, where: str, next_command: str) -> list[str]:
+    """The closing summary."""
+    kinds = ", ".join(f"{kind} {count}" for kind, count in whole.errors.items()) or "none"
+    speed = f"{this_run.images / seconds:.1f} images/s, {this_run.tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
+    return [
+        f"rows      {whole.rows:,}: {whole.answered:,} answered, {whole.num_errors:,} errors",
+        f"flagged   {rate(whole.flagged, whole.detected)}",
+        f"refused   {rate(whole.refused, whole.judged)}",
+        f"errors    {kinds}",
+        f"speed     {this_run.rows:,} rows in {seconds:.1f} s: {speed} (model loading included)",
+        f"results   {where}",
+        f"next      {next_command}",
+    ]
+
+
+def rate(successes: int, trials: int) -> str:
+    """A rate with its counts and its 95 % Wilson interval."""
+    if trials == 0:
+        return "nothing to count"
+    low, high = wilson_interval(successes, trials)
+    return f"{successes:,} of {trials:,} ({successes / trials:.1%}, 95 % interval {low:.1%} to {high:.1%})"

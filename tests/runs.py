@@ -1,0 +1,62 @@
+"""Running audits in tests: quick settings, and results as plain rows without what may differ between runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from guardalign.cli import main
+from guardalign.schema import VOLATILE
+
+QUICK = ("--generation.max_new_tokens", "4", "--engine", "local")
+
+
+def run(*flags: object, quick: bool = True) -> int:
+    """The exit code of `guardalign audit` with these flags."""
+    return main(["audit", *(QUICK if quick else ()), *map(str, flags)])
+
+
+def table(out: Path) -> pa.Table:
+    """All result rows, in the input's order."""
+    return pa.concat_tables(pq.read_table(path) for path in sorted((out / "results").glob("*.parquet")))
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Result rows by id, without the columns that may differ between two runs."""
+    kept = table(out).drop_columns(list(VOLATILE)).to_pylist()
+    by_id = {row["sample_id"]: row for row in kept}
+    assert len(by_id) == len(kept), "an id stands twice"
+    return by_id
+
+
+def committed(out: Path) -> int:
+    """Shard files that are there."""
+    return len(list((out / "results").glob("shard-*.parquet")))
+
+
+def start(*flags: object) -> subprocess.Popen[bytes]:
+    """An audit in a process group of its own."""
+    command = [sys.executable, "-m", "guardalign.cli", "audit", *map(str, flags)]
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ)
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], out: Path, shards: int, seconds: float = 300) -> int:
+    """SIGKILLs the audit once that many shards are committed; returns how many were when it died."""
+    deadline = time.monotonic() + seconds
+    while committed(out) < shards:
+        assert process.poll() is None, process.communicate()[0].decode()[-2000:]
+        assert time.monotonic() < deadline, "the audit is too slow to be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return committed(out)

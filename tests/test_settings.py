@@ -1,0 +1,114 @@
+"""Settings: layers merge in order, flags win, every mistake is one line that names the field and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from guardalign.cli import main
+from guardalign.errors import ConfigError
+from guardalign.settings import as_yaml, load_settings, recipe_names
+
+
+def message(*flags: str, recipe: str | None = None, files: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(recipe, list(files), list(flags))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def written(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_loads_and_states_its_detectors_threshold(recipe: str) -> None:
+    config = load_settings(recipe, [], [])
+    stated = yaml.safe_load((Path(__file__).parents[1] / f"guardalign/recipes/{recipe}.yaml").read_text())
+    assert config.detector.name == stated["detector"]["name"]
+    assert config.detector.name == "none" or "threshold" in stated["detector"]
+
+
+def test_files_merge_in_order_and_flags_win(tmp_path: Path) -> None:
+    first = written(tmp_path, "a.yaml", "shard_rows: 10\ngeneration: {max_new_tokens: 5, temperature: 0.5}\n")
+    second = written(tmp_path, "b.yaml", "shard_rows: 20\ngeneration: {max_new_tokens: 6}\n")
+    config = load_settings(None, [first, second], ["--generation.max_new_tokens", "7"])
+    assert (config.shard_rows, config.generation.max_new_tokens, config.generation.temperature) == (20, 7, 0.5)
+
+
+def test_another_strategy_drops_what_lower_layers_said_of_the_old_one() -> None:
+    config = load_settings("guardalign", [], ["--defense.name", "none"])
+    assert config.defense.name == "none"
+    assert "gamma" not in config.defense.options
+
+
+def test_a_key_of_another_class_is_a_mistake_and_changes_no_class() -> None:
+    text = message("--defense.name", "none", "--defense.gamma", "1")
+    assert "defense.gamma" in text
+
+
+def test_a_misspelt_flag_names_its_neighbour() -> None:
+    assert "did you mean 'detector.threshold'" in message("--detector.treshold", "1")
+
+
+def test_a_misspelt_key_in_a_file_names_its_neighbour(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.yaml", "generation: {max_new_token: 5}\n")
+    assert "did you mean 'generation.max_new_tokens'" in message(files=(path,))
+
+
+def test_a_misspelt_section_in_a_file_is_named(tmp_path: Path) -> None:
+    assert "'generations" in message(files=(written(tmp_path, "a.yaml", "generations: {max_new_tokens: 5}\n"),))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--shard_rows", "x"), ("shard_rows", "int", "x")),
+        (("--detector.score", "best"), ("detector.score", "margin", "best")),
+        (("--shard_rows", "0"), ("shard_rows", "positive")),
+        (("--generation.top_p", "1.5"), ("generation.top_p", "(0, 1]")),
+        (("--max_error_fraction", "2"), ("max_error_fraction", "[0, 1]")),
+        (("--defense.name", "gard"), ("defense.name", "guardalign")),
+        (("--input.format", "csv"), ("input.path", "csv")),
+        (("--shard_rows",), ("shard_rows", "argument")),
+        (("--input.path", "x"), ("input.path", "input.format")),
+    ],
+)
+def test_a_wrong_value_names_the_field_and_what_would_be_right(flags: tuple[str, ...], words: tuple[str, ...]) -> None:
+    text = message(*flags)
+    assert all(word in text for word in words), text
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    assert "guardalign-detect-only" in message(recipe="guard")
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
+    assert "nowhere.yaml" in message(files=(str(tmp_path / "nowhere.yaml"),))
+    assert "YAML" in message(files=(written(tmp_path, "a.yaml", "a: [1\n"),))
+    assert "list" in message(files=(written(tmp_path, "b.yaml", "- 1\n"),))
+    assert "input" in message(files=(written(tmp_path, "c.yaml", "input:\n"),))
+
+
+def test_printed_settings_read_back_as_themselves(tmp_path: Path) -> None:
+    config = load_settings("guardalign", [], ["--shard_rows", "33", "--defense.gamma", "0.25"])
+    again = load_settings("none", [written(tmp_path, "a.yaml", as_yaml(config))], [])
+    assert again == config
+
+
+def test_help_tells_every_setting_and_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--shard_rows", "what one commit writes", "--detector.threshold", "--lvlm.dtype", "--recipe NAME"):
+        assert words in text, words
+
+
+def test_the_command_line_ends_in_one_line_without_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--shard_rows", "x"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("guardalign: shard_rows")
