@@ -4,6 +4,7 @@ The data's path is read -> detect -> sanitize -> generate -> judge -> write; `pi
 Importing the package imports neither torch nor Ray.
 """
 
-from guardalign.version import VERSION as __version__
+from guardalign import version
 
+__version__ = version.VERSION
 __all__ = ["__version__"]

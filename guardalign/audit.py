@@ -1,6 +1,6 @@
-"""One audit from plan to manifest: plans the input, opens or resumes the run's folder, runs what is left, reconciles.
+"""One audit from plan to manifest: plans the input, opens or resumes the folder, runs what is left, reconciles.
 
-Every input ends as exactly one row, or the run says that it did not. Knows the engines by name only, and nothing of Ray.
+Every input ends as exactly one row, or the run says that it did not. Knows the engines by name, nothing of Ray.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import platform
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
@@ -20,8 +20,10 @@ import pyarrow as pa
 from guardalign.config import EMBEDDED, AuditConfig, to_plain
 from guardalign.errors import ResumeError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, science
+from guardalign.judges import JUDGES
 from guardalign.micro import UNTRAINED, resolve_clip, resolve_input, resolve_lvlm
-from guardalign.models.provenance import weights_fingerprint
+from guardalign.models.clip_weights import clip_fingerprint
+from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, steps
 from guardalign.progress import Progress
 from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
@@ -58,9 +60,12 @@ def prepare(config: AuditConfig) -> Prepared:
     source = make_source(resolve_input(config.input), reserved=RESULT_NAMES)
     plan = source.plan(config.shard_rows, config.limit)
     detects = config.detector.name != NONE
-    clip_weights = _weights(resolve_clip(config.clip)) if detects else {}
-    lvlm_weights = _weights(resolve_lvlm(config.lvlm))
-    sealed = science(config, clip_weights, lvlm_weights, taxonomy.fingerprint if detects else "")
+    clip_weights = clip_fingerprint(resolve_clip(config.clip)) if detects else {}
+    lvlm_weights = weights_fingerprint(resolve_lvlm(config.lvlm).model, config.lvlm.revision)
+    if COMMIT in lvlm_weights:  # every node loads this very commit, whatever a branch points to by then
+        config = replace(config, lvlm=replace(config.lvlm, revision=lvlm_weights[COMMIT]))
+    judge = "" if config.judge.name == NONE else JUDGES[config.judge.name](**config.judge.options).fingerprint
+    sealed = science(config, clip_weights, lvlm_weights, taxonomy.fingerprint if detects else "", judge)
     return Prepared(config, source, plan, taxonomy, sealed)
 
 
@@ -254,10 +259,6 @@ def _verdict_on_errors(config: AuditConfig, whole: Totals) -> int:
             f"{whole.num_errors:,} of {whole.rows:,} rows ended in an error, more than max_error_fraction {most} allows"
         )
     return 0
-
-
-def _weights(located: Any) -> dict[str, str]:
-    return weights_fingerprint(located.model)
 
 
 def _absolute(folder: RunFolder) -> str:

@@ -81,7 +81,9 @@ def _audit(words: Sequence[str]) -> int:
         print(settings.as_yaml(config), end="")
         return 0
     from guardalign.audit import audit
+    from guardalign.models import hide_progress_bars
 
+    hide_progress_bars()
     signal.signal(signal.SIGTERM, _interrupt)
     return audit(config)
 

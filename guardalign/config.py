@@ -217,7 +217,7 @@ class AuditConfig:
     """folder of the run: results/*.parquet and run.json"""
     engine: Literal["ray", "local"] = "ray"
     """ray: actor pools, on a local cluster when there is none; local: the same stages in a loop, Ray not needed"""
-    shard_rows: int = 200
+    shard_rows: int = 128
     """rows a shard: what one commit writes and what a crash can cost"""
     limit: int | None = None
     """only the first N rows"""

@@ -17,17 +17,19 @@ _NESTED_HARDWARE = {
     "input": ("path", "image_root"),
     "clip": ("model", "pretrained", "device", "batch_size"),
     "lvlm": ("model", "revision", "device", "device_map", "batch_size"),
-    "detector": ("model",),
+    "judge": ("phrases",),
 }
 
 
 def science(
-    config: AuditConfig, clip_weights: Mapping[str, str], lvlm_weights: Mapping[str, str], taxonomy: str
+    config: AuditConfig, clip_weights: Mapping[str, str], lvlm_weights: Mapping[str, str], taxonomy: str, judge: str = ""
 ) -> dict[str, Any]:
     """The settings that decide a row, with weights and taxonomy by hash instead of by place."""
     plain = {key: value for key, value in to_plain(config).items() if key not in _HARDWARE}
     for section, names in _NESTED_HARDWARE.items():
         plain[section] = {key: value for key, value in plain[section].items() if key not in names}
+    if judge:
+        plain["judge"]["fingerprint"] = judge
     plain["clip"]["weights"], plain["lvlm"]["weights"] = dict(clip_weights), dict(lvlm_weights)
     return plain | {"taxonomy": taxonomy, "guardalign": VERSION}
 

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,6 @@ from guardalign.detectors import DETECTORS
 from guardalign.errors import UserError
 from guardalign.judges import JUDGES
 from guardalign.micro import resolve_clip, resolve_lvlm
-from guardalign.models import hide_progress_bars
 from guardalign.results import Receipt, ShardWriter
 from guardalign.sanitizers import SANITIZERS
 from guardalign.schema import PLANNED, with_columns
@@ -90,7 +90,6 @@ def run_locally(
 ) -> Iterator[Receipt]:
     """The engine without Ray: every shard through every stage, one after the other."""
     _use_threads(config.cluster.threads)
-    hide_progress_bars()
     stages = [step.make() for step in steps(config, taxonomy)]
     for shard in shards:
         table = read_shard(source, shard)
@@ -165,7 +164,7 @@ def run_on_ray(
 
 
 READ_CPUS = 0.25
-"""Logical CPUs of a read task: it waits for files. Unlike the pools' so that Ray does not fuse reading into an actor."""
+"""Logical CPUs of a read task: it waits for files. Unlike the pools', so that Ray does not fuse it into an actor."""
 
 
 def _read_task(source: Source, batch: pa.Table) -> pa.Table:
@@ -208,7 +207,22 @@ def _join_cluster(config: AuditConfig) -> None:
         return
     cluster = config.cluster
     held = cluster.detect_actors * cluster.detect_cpus + cluster.generate_actors * cluster.generate_cpus
-    ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, held + 4)), include_dashboard=False, **quiet)
+    with _stderr_closed():  # the log level above announces itself there, whatever it is
+        ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, held + 4)), include_dashboard=False, **quiet)
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """What native code writes to the error stream goes nowhere meanwhile; exceptions still tell."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _keep_shards_whole() -> None:

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from time import monotonic
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ class Progress:
         self.started = self.last_line = monotonic()
         self.rows = self.errors = 0
         self.stage_seconds: Counter[str] = Counter()
-        self.bar: tqdm[None] | None = None
+        self.bar: Any = None
 
     def __enter__(self) -> Self:
         """Shows the bar on a terminal."""
@@ -30,7 +30,9 @@ class Progress:
             self.bar = tqdm(total=self.total_rows, initial=self.done_rows, unit="row", file=self.stream, leave=False)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Takes the bar away."""
         if self.bar is not None:
             self.bar.close()

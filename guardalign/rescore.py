@@ -103,7 +103,9 @@ def _fraction(row: dict[str, Any], unsafe: list[int]) -> float:
 def _lines(rows: list[dict[str, Any]], out: str, name: str, threshold: float) -> list[str]:
     detected = [row for row in rows if row.get("flagged") is not None]
     changed = [row["sample_id"] for row in detected if row["picture_changed"]]
-    named = ", ".join(changed[:NAMED_ROWS]) + (f" and {len(changed) - NAMED_ROWS:,} more" if changed[NAMED_ROWS:] else "")
+    named = ", ".join(changed[:NAMED_ROWS]) + (
+        f" and {len(changed) - NAMED_ROWS:,} more" if changed[NAMED_ROWS:] else ""
+    )
     return [
         f"threshold  {threshold:g}",
         f"flagged    {rate(sum(row['flagged'] for row in detected), len(detected))}",

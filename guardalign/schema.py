@@ -69,7 +69,9 @@ DETECTION: tuple[pa.Field, ...] = (
 REPLY: tuple[pa.Field, ...] = (
     _column("defense", pa.string(), "the defense that answered"),
     _column("response", pa.large_string(), "the answer; an empty answer is an empty string"),
-    _column("num_prompt_tokens", pa.int32(), "of the prompt that led to the answer, image positions included", "tokens"),
+    _column(
+        "num_prompt_tokens", pa.int32(), "of the prompt that led to the answer, image positions included", "tokens"
+    ),
     _column("num_tokens", pa.int32(), "decoded for the answer, the end token included", "tokens"),
     _column("stop_reason", pa.string(), "end, length, or prefilled (the defense fixed the text)"),
     _column("prefix_attention", pa.float32(), "mean attention mass on the safety prefix, in [0, 1]; null unless asked"),
@@ -91,7 +93,9 @@ PROVENANCE: tuple[pa.Field, ...] = (
     _column("shard", pa.int32(), "the shard that wrote the row"),
     _column("attempts", pa.int32(), "runs that had this row to do, the one that wrote it included"),
     _column("run_id", pa.string(), "the run that wrote the row"),
-    _column("thumbnail", pa.large_binary(), "the unsanitized picture, small, JPEG; null unless images.keep asks for it"),
+    _column(
+        "thumbnail", pa.large_binary(), "the unsanitized picture, small, JPEG; null unless images.keep asks for it"
+    ),
 )
 RESULT: tuple[pa.Field, ...] = SAMPLE + ERROR + DETECTION + REPLY + VERDICT + PROVENANCE
 RESULT_NAMES: tuple[str, ...] = tuple(column.name for column in RESULT)

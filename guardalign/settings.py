@@ -90,7 +90,9 @@ def _names(merged: Mapping[str, Any]) -> dict[str, str]:
 
 def _recipe(name: str) -> dict[str, Any]:
     if name not in recipe_names():
-        raise ConfigError(f"there is no recipe {name!r}{_meant(name, recipe_names())}; one of: {', '.join(recipe_names())}")
+        raise ConfigError(
+            f"there is no recipe {name!r}{_meant(name, recipe_names())}; one of: {', '.join(recipe_names())}"
+        )
     return _yaml_file(str(RECIPES / f"{name}.yaml"))
 
 
@@ -196,12 +198,17 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     if unknown:
         found = unknown.groupdict()
         key = f"{found['group']}.{found['key']}" if found["group"] else (found["option"] or found["flag"])
-        if not key.startswith("-") and "." not in key or key.startswith("--") or found["group"] or found["option"]:
-            name = key.removeprefix("--").split("=")[0]
-            return f"there is no setting {name!r}{_meant(name, (a.dest for a in parser._actions))}; see guardalign audit --help"
-        return f"{key!r} belongs to no setting; flags look like --shard_rows 20"
+        if found["flag"] and not key.startswith("--"):
+            return f"{key!r} belongs to no setting; flags look like --shard_rows 20"
+        name = key.removeprefix("--").split("=")[0]
+        close = _meant(name, (action.dest for action in parser._actions))
+        return f"there is no setting {name!r}{close}; see guardalign audit --help"
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text.removeprefix("argument --"))
-    text = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*?Given value: ", r"expected one of \1; got ", text)
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*?Given value: ",
+        r"expected one of \1; got ",
+        text,
+    )
     text = re.sub(r"Expected an? ", "expected ", re.sub(r"\. Got value: ", ", got ", text))
     return re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
 

@@ -98,7 +98,9 @@ class Detect:
         rows = _rows(table, ("sample_id",), with_image=True)
         sizes: dict[int, Size] = {}
         found: dict[int, Detection | Failure] = {}
-        for batch in _ahead(_chunks(sorted(rows), self.batch_size), lambda index: self._view(rows[index], sizes, index)):
+        for batch in _ahead(
+            _chunks(sorted(rows), self.batch_size), lambda index: self._view(rows[index], sizes, index)
+        ):
             views = {index: view for index, view in batch if not isinstance(view, Failure)}
             found |= {index: view for index, view in batch if isinstance(view, Failure)}
             ids = [rows[index]["sample_id"] for index in views]
@@ -338,7 +340,11 @@ def _give_up(table: pa.Table, stage: str, failures: Mapping[int, Failure]) -> pa
 
 
 def _closed(
-    table: pa.Table, stage: str, results: Mapping[int, Any], started: float, seen: tuple[dict[str, int], tuple[str, ...]]
+    table: pa.Table,
+    stage: str,
+    results: Mapping[int, Any],
+    started: float,
+    seen: tuple[dict[str, int], tuple[str, ...]],
 ) -> pa.Table:
     """The table with the stage's failures, seconds, counters and notes written down."""
     failures = {index: value for index, value in results.items() if isinstance(value, Failure)}
@@ -356,7 +362,9 @@ def _size(decoded: Decoded) -> Size:
 def _with_sizes(table: pa.Table, sizes: Mapping[int, Size]) -> pa.Table:
     """Fills width, height and num_frames where they are not known yet (the sanitized copy has one frame)."""
     names = ("width", "height", "num_frames")
-    known = {n: table[n].to_pylist() if n in table.column_names else [None] * table.num_rows for n in names}
+    known: dict[str, list[Any]] = {
+        n: table[n].to_pylist() if n in table.column_names else [None] * table.num_rows for n in names
+    }
     for index, facts in sizes.items():
         for name, value in zip(names, facts, strict=True):
             if known[name][index] is None:

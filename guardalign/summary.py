@@ -65,9 +65,7 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
         errors.update(receipt.errors)
         counters.update(receipt.counters)
         seconds.update(receipt.seconds)
-    return Totals(
-        **numbers, errors=dict(sorted(errors.items())), counters=dict(counters), stage_seconds=dict(seconds)
-    )
+    return Totals(**numbers, errors=dict(sorted(errors.items())), counters=dict(counters), stage_seconds=dict(seconds))
 
 
 def summary_lines(whole: Totals, this_run: Totals, seconds: float, where: str, next_command: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The values that travel through an audit: Sample -> Detection -> Case -> Reply -> Verdict.
 
-Frozen, plain, and without a word of Arrow, torch or Ray. One orientation everywhere: a **lower** score is **less safe**.
+Frozen, plain, without a word of Arrow, torch or Ray. One orientation everywhere: a **lower** score is **less safe**.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sample:
 class PatchGrid:
     """How patches lie on the upright picture: `rows` x `columns` cells on a `resized` copy of it, or explicit boxes.
 
-    `core.images.patch_boxes` turns it into pixel boxes, exactly (integers only, rounded outwards).
+    `core.patches.patch_boxes` turns it into pixel boxes, exactly (integers only, rounded outwards).
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""What all tests share: a cache folder of their own for built models, one small local Ray cluster, the FigStep folder."""
+"""What all tests share: a cache folder for built models, one small local Ray cluster, the FigStep folder."""
 
 from __future__ import annotations
 

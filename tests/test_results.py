@@ -79,9 +79,9 @@ def test_what_a_killed_commit_left_is_no_result_and_is_cleared(tmp_path: Path) -
 
 
 def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
-    with Lock(RunFolder(str(tmp_path))):
-        with pytest.raises(ResumeError, match=f"pid {os.getpid()}"), Lock(RunFolder(str(tmp_path))):
-            pass
+    second = Lock(RunFolder(str(tmp_path)))
+    with Lock(RunFolder(str(tmp_path))), pytest.raises(ResumeError, match=f"pid {os.getpid()}"), second:
+        pass
     with Lock(RunFolder(str(tmp_path))):
         pass
 

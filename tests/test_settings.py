@@ -1,4 +1,4 @@
-"""Settings: layers merge in order, flags win, every mistake is one line that names the field and what would be right."""
+"""Settings: layers merge in order, flags win, a mistake is one line that names the field and what would be right."""
 
 from __future__ import annotations
 

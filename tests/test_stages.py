@@ -1,4 +1,4 @@
-"""The guard: a culprit costs its own row only, what the user can mend stops the run, no content leaks into a message."""
+"""The guard: a culprit costs its own row only, what the user can mend stops the run, no content leaks."""
 
 from __future__ import annotations
 

@@ -52,7 +52,13 @@ def build_sample(path: Path) -> None:
         prompt = "What can you help me with?" if text_only else generator.choice(QUESTIONS)
         category = "text" if text_only else "shapes"
         rows.append(
-            {"sample_id": f"shapes-{number:03d}", "image": encoded, "prompt": prompt, "category": category, "label": "benign"}
+            {
+                "sample_id": f"shapes-{number:03d}",
+                "image": encoded,
+                "prompt": prompt,
+                "category": category,
+                "label": "benign",
+            }
         )
     pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd", row_group_size=16)
 
