@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import secrets
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -27,7 +29,7 @@ from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, steps
 from guardalign.progress import Progress
 from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
-from guardalign.schema import RESULT_NAMES, SCHEMA_VERSION, result_schema
+from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
 from guardalign.sources import Plan, Shard, Source, make_source
 from guardalign.summary import Totals, summary_lines, totals
 from guardalign.taxonomy import Taxonomy, load_taxonomy
@@ -57,7 +59,7 @@ class Prepared:
 def prepare(config: AuditConfig) -> Prepared:
     """Plans the input and seals what the rows depend on; raises a `UserError` where something is missing."""
     taxonomy = load_taxonomy(config.taxonomy)
-    source = make_source(resolve_input(config.input), reserved=RESULT_NAMES)
+    source = make_source(resolve_input(config.input), reserved=(*RESULT_NAMES, *HIDDEN))
     plan = source.plan(config.shard_rows, config.limit)
     detects = config.detector.name != NONE
     clip_weights = clip_fingerprint(resolve_clip(config.clip)) if detects else {}
@@ -75,8 +77,6 @@ def audit(config: AuditConfig, say: Say = print) -> int:
     if untrained:
         say(UNTRAINED)
     prepared = prepare(config)
-    for note in prepared.plan.notes:
-        say(f"note: {note}")
     code = _dry_run(prepared, say) if config.dry_run else _audit_into_folder(prepared, say)
     if untrained:
         say(UNTRAINED)
@@ -86,6 +86,8 @@ def audit(config: AuditConfig, say: Say = print) -> int:
 def _dry_run(prepared: Prepared, say: Say) -> int:
     """Prints the plan and the columns, loads the models, runs and writes nothing."""
     plan, config = prepared.plan, prepared.config
+    for note in plan.notes:
+        say(f"note      {note}")
     say(f"plan: {plan.num_rows:,} rows in {len(plan.shards):,} shards from {len(plan.files):,} files")
     for field in result_schema(plan.passthrough_fields):
         doc = (field.metadata or {}).get(b"doc", b"passed through from the input").decode()
@@ -115,12 +117,13 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         receipts, interrupted = _work(prepared, left, writer, folder)
         if interrupted:
             say(f"interrupted: {len(folder.committed()):,} of {len(prepared.plan.shards):,} shards are committed")
-            say(f"to resume, type the same line again: guardalign {' '.join(sys.argv[1:])}")
+            say(f"to resume, type the same line again: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
             return 130
         whole = _finish(folder, prepared, receipts, run_id, attempts, monotonic() - started)
         seconds = monotonic() - started
         where = f"{folder.out}/results/*.parquet ({len(prepared.plan.shards):,} files), {folder.out}/run.json"
-        for line in summary_lines(whole, totals(receipts), seconds, where, _next_command(folder)):
+        notes = folder.read_json("run.json")["notes"]
+        for line in summary_lines(whole, totals(receipts), seconds, where, _next_command(folder), notes):
             say(line)
     return _verdict_on_errors(prepared.config, whole)
 

@@ -69,6 +69,10 @@ def _audit(words: Sequence[str]) -> int:
         layers, flags = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         return _complain(str(error), 2)
+    flags = [
+        "--dry_run=true" if flag == "--dry_run" and bare else flag
+        for flag, bare in zip(flags, _bare(flags), strict=True)
+    ]
     if layers.version:
         print(f"guardalign {VERSION}")
         return 0
@@ -86,6 +90,11 @@ def _audit(words: Sequence[str]) -> int:
     hide_progress_bars()
     signal.signal(signal.SIGTERM, _interrupt)
     return audit(config)
+
+
+def _bare(flags: Sequence[str]) -> list[bool]:
+    """Whether each word stands without a value behind it."""
+    return [following.startswith("--") for following in [*flags[1:], "--"]]
 
 
 AUDIT_HELP = """usage: guardalign audit [--recipe NAME] [--config FILE]... [--dotted.flag VALUE]...

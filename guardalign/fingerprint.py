@@ -22,7 +22,11 @@ _NESTED_HARDWARE = {
 
 
 def science(
-    config: AuditConfig, clip_weights: Mapping[str, str], lvlm_weights: Mapping[str, str], taxonomy: str, judge: str = ""
+    config: AuditConfig,
+    clip_weights: Mapping[str, str],
+    lvlm_weights: Mapping[str, str],
+    taxonomy: str,
+    judge: str = "",
 ) -> dict[str, Any]:
     """The settings that decide a row, with weights and taxonomy by hash instead of by place."""
     plain = {key: value for key, value in to_plain(config).items() if key not in _HARDWARE}

@@ -153,7 +153,11 @@ def run_on_ray(
     listed = steps(config, taxonomy)
     rows = [{"shard": pickle.dumps(shard)} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(_read_task, source), batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS
+        partial(_read_task, source),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=READ_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=2 * max(config.cluster.detect_actors, config.cluster.generate_actors)),
     )
     for pool in ("detect", "generate"):
         members = [step for step in listed if step.pool == pool]
@@ -163,7 +167,7 @@ def run_on_ray(
         yield _receipt(batch)
 
 
-READ_CPUS = 0.25
+READ_CPUS = 0.5
 """Logical CPUs of a read task: it waits for files. Unlike the pools', so that Ray does not fuse it into an actor."""
 
 

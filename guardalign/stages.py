@@ -89,6 +89,7 @@ class Detect:
         self.encoder = PatchEncoder.load(clip)
         self.detector, self.taxonomy = detector, taxonomy
         self.batch_size, self.max_image_pixels = clip.batch_size, max_image_pixels
+        detector.check(self.encoder, taxonomy)
         self.at_least = detector.at_least(self.encoder)
         self._seen = _Counted(self.encoder, "clip")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from guardalign.core.statistics import wilson_interval
@@ -68,7 +68,9 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
     return Totals(**numbers, errors=dict(sorted(errors.items())), counters=dict(counters), stage_seconds=dict(seconds))
 
 
-def summary_lines(whole: Totals, this_run: Totals, seconds: float, where: str, next_command: str) -> list[str]:
+def summary_lines(
+    whole: Totals, this_run: Totals, seconds: float, where: str, next_command: str, notes: Sequence[str]
+) -> list[str]:
     """The closing summary."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in whole.errors.items()) or "none"
     speed = f"{this_run.images / seconds:.1f} images/s, {this_run.tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
@@ -78,6 +80,7 @@ def summary_lines(whole: Totals, this_run: Totals, seconds: float, where: str, n
         f"refused   {rate(whole.refused, whole.judged)}",
         f"errors    {kinds}",
         f"speed     {this_run.rows:,} rows in {seconds:.1f} s: {speed} (model loading included)",
+        *(f"note      {note}" for note in notes),
         f"results   {where}",
         f"next      {next_command}",
     ]

@@ -190,7 +190,7 @@ def test_kept_thumbnails_are_the_flagged_ones_or_all(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--dry_run", "true", "--output", tmp_path / "out") == 0
+    assert run("--dry_run", "--output", tmp_path / "out") == 0
     text = capsys.readouterr().out
     assert "64 rows" in text
     assert "stage generate: ready" in text
