@@ -1,0 +1,132 @@
+"""The records of CSV and JSON Lines files with the byte where each starts, and where they can be read from again.
+
+Undecodable bytes of CSV arrive as lone surrogates (`rows.checked` turns such a row into an error row), those of JSON as
+a fault. Knows nothing of columns' meanings.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from guardalign.errors import InputError
+from guardalign.sources.files import open_input
+
+_BOM = b"\xef\xbb\xbf"
+_LONGEST_CELL = 2**26
+"""A quote that is never closed must not swallow a whole file into memory. [characters]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a table."""
+
+    file_name: str
+    """the file relative to the input's root"""
+    number: int
+    """from 0; the header and blank lines are not counted"""
+    offset: int
+    """where the record starts, or the blank lines before it [bytes]"""
+    fields: Mapping[str, Any] | None
+    """by column; None when the record cannot be read"""
+    fault: str = ""
+    """what is wrong with it: "is ...", "has ..." """
+
+
+class _Lines:
+    """A binary file as lines of text; `offset` is the byte after the last line given."""
+
+    def __init__(self, file: IO[bytes], offset: int) -> None:
+        self._file = file
+        self.offset = offset
+        file.seek(offset)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            raise StopIteration
+        start, self.offset = self.offset, self.offset + len(line)
+        return (line.removeprefix(_BOM) if start == 0 else line).decode("utf-8", "surrogateescape")
+
+
+def csv_records(uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
+    """The records of a CSV file from number `first`, which starts at `offset`; from the header on without one.
+
+    Raises `InputError` where the file as a whole is broken: no header, a column twice, a quote that is never closed.
+    """
+    csv.field_size_limit(_LONGEST_CELL)  # of the whole process; the default of 128 KiB is below an over-long prompt
+    with open_input(uri, name) as file:
+        lines = _Lines(file, 0)
+        header = _header(lines, name)
+        if offset is not None:
+            lines = _Lines(file, offset)
+        yield from _csv_rows(lines, header, name, first)
+
+
+def _header(lines: _Lines, name: str) -> Sequence[str]:
+    try:
+        header: Sequence[str] = next((row for row in csv.reader(lines, strict=True) if row), [])
+        "".join(header).encode()
+    except (csv.Error, UnicodeEncodeError):
+        raise InputError(
+            f"{name} has no readable header line; CSV files are UTF-8 with the column names first"
+        ) from None
+    twice = [column for column in header if header.count(column) > 1]
+    if twice:
+        raise InputError(f"{name} has the column {twice[0]} twice")
+    return header
+
+
+def _csv_rows(lines: _Lines, header: Sequence[str], name: str, first: int) -> Iterator[Record]:
+    # Strict: a lenient reader runs on over a broken quote and merges rows without a word.
+    reader, number = csv.reader(lines, strict=True), first
+    while True:
+        start = lines.offset
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "unexpected end" in str(error) or "field larger" in str(error):
+                raise InputError(f"{name}: a quote that opens in row {number} is never closed") from None
+            yield Record(name, number, start, None, "is no well-formed CSV")
+        else:
+            if cells is None:
+                return
+            if not cells:
+                continue
+            yield _csv_record(cells, header, name, number, start)
+        number += 1
+
+
+def _csv_record(cells: Sequence[str], header: Sequence[str], name: str, number: int, start: int) -> Record:
+    if len(cells) != len(header):
+        return Record(name, number, start, None, f"has {len(cells)} cells; the header has {len(header)}")
+    return Record(name, number, start, dict(zip(header, cells, strict=True)))
+
+
+def jsonl_records(uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
+    """The records of a JSON Lines file from number `first`, which starts at `offset`."""
+    with open_input(uri, name) as file:
+        start, number = offset or 0, first
+        file.seek(start)
+        while line := file.readline():
+            text = line.removeprefix(_BOM) if start == 0 else line
+            if text.strip():
+                fields = json_object(text)
+                fault = "" if fields is not None else "is no JSON object in UTF-8"
+                yield Record(name, number, start, fields, fault)
+                number += 1
+            start += len(line)
+
+
+def json_object(line: bytes) -> Mapping[str, Any] | None:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError; deep nesting exhausts the stack
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,163 @@
+"""CSV and JSON Lines: a row a record, pictures as files named by path.
+
+The plan makes one pass and notes where each shard starts; a read seeks there. A record that cannot be read is an error
+row. In CSV an empty cell is null (passed-through ones are copied as they are). Knows nothing of what a picture holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from guardalign.config import InputConfig
+from guardalign.errors import RowError
+from guardalign.sources.contract import Plan, Shard
+from guardalign.sources.files import ListedFile, absolute, folder_of, list_files
+from guardalign.sources.pictures import ImageRoot, PictureCensus, note_of_unnamed, with_picture
+from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, refuse_empty, text_fields
+from guardalign.sources.records import Record, csv_records, jsonl_records
+from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A table of text. Subclasses say how its records are found."""
+
+    config: InputConfig
+    suffixes: ClassVar[tuple[str, ...]]
+    meaningless: ClassVar[tuple[str, ...]] = ("split", "revision", "subset")
+
+    def __post_init__(self) -> None:
+        root = self.config.image_root
+        here = dataclasses.replace(self.config, image_root=absolute(root) if root else None)
+        object.__setattr__(self, "config", here)  # a worker's current folder is another one
+
+    def records(self, uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
+        """The records of a file from number `first`, which starts at `offset` [bytes]."""
+        raise NotImplementedError
+
+    def list_files(self) -> tuple[ListedFile, ...]:
+        """The tables."""
+        return list_files(self.config.path, self.suffixes)
+
+    def check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
+        """Notes on the columns; raises `InputError` for absent ones."""
+        return find_columns(self.config, present).notes
+
+    def row(self, record: Record) -> InputRow:
+        """The row of a record, its picture still a reference."""
+        place = location(record.file_name, record.number)
+        num_passed = len(self.config.passthrough)
+        if record.fields is None:
+            blank = InputRow(place, place, passthrough=(None,) * num_passed)
+            return failed(blank, RowError("row_unreadable", f"the row of sample {place} {record.fault}"))
+        return checked(self.interpret(record.fields, place))
+
+    def interpret(self, fields: Mapping[str, Any], place: str) -> InputRow:
+        """The row of a record's fields."""
+        config = self.config
+        return InputRow(
+            sample_id=self.cell(fields, config.id_column) or place,
+            source=place,
+            prompt=self.cell(fields, config.prompt_column),
+            image_reference=self.cell(fields, config.image_column) or None,
+            category=self.cell(fields, config.category_column),
+            label=self.cell(fields, config.label_column),
+            passthrough=tuple(as_text(fields.get(name)) for name in config.passthrough),
+        )
+
+    def cell(self, fields: Mapping[str, Any], column: str | None) -> str | None:
+        """One cell as text."""
+        return None if column is None else as_text(fields.get(column))
+
+    def image_root(self, uri: str, name: str) -> ImageRoot:
+        """Where the pictures of the table `name` lie."""
+        if self.config.image_root is not None:
+            return ImageRoot(self.config.image_root, "image_root", is_configured=True)
+        return ImageRoot(folder_of(uri), name.rpartition("/")[0])
+
+    def plan(self, shard_rows: int, limit: int | None) -> Plan:
+        """See `Source.plan`."""
+        listed = self.list_files()
+        cutter, ledger, census = ShardCutter(shard_rows), IdLedger(), PictureCensus()
+        present: dict[str, None] = {}
+        roots = {file.name: self.image_root(file.uri, file.name) for file in listed}
+        for root in roots.values():
+            census.open(root)
+        for file, record in islice(self._walk(listed), limit):
+            row = self.row(record)
+            present |= dict.fromkeys(record.fields or ())
+            ledger.add(row.sample_id)
+            census.add(roots[file.name], row)
+            cutter.add(file.uri, file.name, record.number, offset=record.offset)
+        refuse_empty(self.config, cutter.num_rows)
+        notes = self.check_columns(present)
+        ledger.refuse_duplicates(lambda: self._ids(listed, limit))
+        pictures, unnamed = census.close()
+        is_cut = limit is not None and cutter.num_rows == limit  # later lines may name the rest
+        notes += () if is_cut else note_of_unnamed(unnamed, tuple(file.name for file in listed))
+        files = (*(file.as_input for file in listed), *pictures)
+        return Plan(cutter.shards(), cutter.num_rows, files, text_fields(self.config), notes)
+
+    def _walk(self, listed: tuple[ListedFile, ...]) -> Iterator[tuple[ListedFile, Record]]:
+        for file in listed:
+            for record in self.records(file.uri, file.name):
+                yield file, record
+
+    def _ids(self, listed: tuple[ListedFile, ...], limit: int | None) -> Iterator[tuple[str, str]]:
+        for _, record in islice(self._walk(listed), limit):
+            row = self.row(record)
+            yield row.sample_id, row.source
+
+    def read(self, shard: Shard) -> pa.Table:
+        """See `Source.read`."""
+        rows = []
+        for span in shard.spans:
+            root = self.image_root(span.uri, span.name)
+            records = self.records(span.uri, span.name, span.first, span.offset)
+            rows += [with_picture(self.row(record), root) for record in islice(records, span.num_rows)]
+        return whole(to_table(rows, text_fields(self.config)), shard)
+
+
+def as_text(value: Any) -> str | None:
+    """A JSON value as a cell: text as it is, anything else as JSON text."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+class CsvSource(TableSource):
+    """Comma-separated values with a header, UTF-8; quoted cells may span lines."""
+
+    suffixes = (".csv",)
+
+    def records(self, uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
+        """See `TableSource.records`."""
+        return csv_records(uri, name, first, offset)
+
+    def cell(self, fields: Mapping[str, Any], column: str | None) -> str | None:
+        """One cell; an empty one is null."""
+        return None if column is None else fields.get(column) or None
+
+
+class JsonlSource(TableSource):
+    """One JSON object a line, UTF-8. The prompt and the picture's path must be text; the rest may be anything."""
+
+    suffixes = (".jsonl", ".ndjson")
+
+    def records(self, uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
+        """See `TableSource.records`."""
+        return jsonl_records(uri, name, first, offset)
+
+    def interpret(self, fields: Mapping[str, Any], place: str) -> InputRow:
+        """The row of a record's fields."""
+        row = super().interpret(fields, place)
+        for column in (self.config.prompt_column, self.config.image_column):
+            if not isinstance(fields.get(column), str | None):
+                sentence = f"the column {column} of sample {row.sample_id} holds no text"
+                return failed(dataclasses.replace(row, prompt=None), RowError("row_unreadable", sentence))
+        return row

@@ -1,0 +1,215 @@
+"""WebDataset tars: members of one key are one sample, a picture with a .txt or a .json beside it.
+
+A key is a member's name up to the first dot of its last part. The .json's fields stand before the .txt, which is the
+prompt. The plan walks the headers and notes where each shard starts; a read seeks there. Nothing is ever unpacked to
+disk; samples with links, devices or names that lead out of a folder are error rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import IO, Any, ClassVar
+
+import pyarrow as pa
+
+from guardalign.config import InputConfig
+from guardalign.errors import InputError, RowError
+from guardalign.sources.contract import Plan, Shard
+from guardalign.sources.files import ListedFile, list_files, open_input, printable
+from guardalign.sources.pictures import IMAGE_SUFFIXES
+from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, refuse_empty, text_fields
+from guardalign.sources.records import json_object
+from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
+from guardalign.sources.tables import as_text
+
+_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+_DEFAULT_IMAGE = InputConfig().image_column
+_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A member of a sample."""
+
+    key: str
+    extension: str
+    member: tarfile.TarInfo
+
+
+@dataclass(frozen=True)
+class _TarSample:
+    """The members of one key, and the tar to read them from."""
+
+    key: str
+    parts: tuple[_Part, ...]
+    tar: tarfile.TarFile
+
+    @property
+    def offset(self) -> int:
+        """Where its first header starts [bytes]."""
+        return self.parts[0].member.offset
+
+    def content(self, extension: str) -> bytes | None:
+        """The bytes of the member with this extension; None without one."""
+        for part in self.parts:
+            if part.extension == extension:
+                file = self.tar.extractfile(part.member)
+                return None if file is None else file.read()
+        return None
+
+
+@dataclass(frozen=True)
+class WebdatasetSource:
+    """A tar, a folder, a glob or a list of them. `image_column`, if set, is the extension of the picture."""
+
+    config: InputConfig
+    meaningless: ClassVar[tuple[str, ...]] = ("split", "revision", "subset", "image_root")
+
+    def plan(self, shard_rows: int, limit: int | None) -> Plan:
+        """See `Source.plan`."""
+        listed = self._list()
+        cutter, ids, keys = ShardCutter(shard_rows), IdLedger(), IdLedger()
+        present: dict[str, None] = {}
+        numbers: dict[str, int] = {}
+        for file, sample in islice(self._walk(listed), limit):
+            row, fields = self._words(file.name, sample)
+            present |= dict.fromkeys((*fields, *(part.extension for part in sample.parts)))
+            ids.add(row.sample_id)
+            keys.add(row.source)
+            number = numbers.get(file.name, 0)
+            cutter.add(file.uri, file.name, number, offset=sample.offset)
+            numbers[file.name] = number + 1
+        refuse_empty(self.config, cutter.num_rows)
+        notes = self._check_columns(present)
+        keys.refuse_duplicates(lambda: ((row.source, row.source) for row in self._rows(listed, limit)))
+        ids.refuse_duplicates(lambda: ((row.sample_id, row.source) for row in self._rows(listed, limit)))
+        files = tuple(file.as_input for file in listed)
+        return Plan(cutter.shards(), cutter.num_rows, files, text_fields(self.config), notes)
+
+    def _list(self) -> tuple[ListedFile, ...]:
+        paths = [self.config.path] if isinstance(self.config.path, str) else self.config.path
+        listed = list_files(paths, (".tar", ".tar.gz", ".tgz"))
+        for file in listed:
+            if file.name.lower().endswith((".gz", ".tgz")):
+                raise InputError(f"{file.name} is compressed, so shards cannot seek in it: unpack it to a plain .tar")
+        return listed
+
+    def _walk(self, listed: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, _TarSample]]:
+        for file in listed:
+            with open_input(file.uri, file.name) as opened:
+                for sample in _samples(opened, file.name):
+                    yield file, sample
+
+    def _rows(self, listed: Sequence[ListedFile], limit: int | None) -> Iterator[InputRow]:
+        return (self._words(file.name, sample)[0] for file, sample in islice(self._walk(listed), limit))
+
+    def _check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
+        """Notes on the columns; a .txt stands for the prompt unless another column was asked for."""
+        is_default = self.config.prompt_column == InputConfig().prompt_column
+        there = {**present, self.config.prompt_column: None} if is_default and "txt" in present else dict(present)
+        if self.config.image_column == _DEFAULT_IMAGE and any(f".{name}" in IMAGE_SUFFIXES for name in present):
+            there[_DEFAULT_IMAGE] = None
+        return find_columns(self.config, there).notes
+
+    def read(self, shard: Shard) -> pa.Table:
+        """See `Source.read`."""
+        rows = []
+        for span in shard.spans:
+            with open_input(span.uri, span.name) as opened:
+                opened.seek(span.offset)
+                for sample in islice(_samples(opened, span.name), span.num_rows):
+                    rows.append(self._with_picture(self._words(span.name, sample)[0], sample))
+        return whole(to_table(rows, text_fields(self.config)), shard)
+
+    def _words(self, file_name: str, sample: _TarSample) -> tuple[InputRow, Mapping[str, Any]]:
+        """The sample's row without its picture, and the fields of its .json."""
+        place = location(file_name, sample.key)
+        blank = InputRow(place, place, passthrough=(None,) * len(self.config.passthrough))
+        try:
+            _refuse_unsafe(sample, place)
+            fields = _fields(sample, place)
+            return checked(self._interpret(sample, fields, place)), fields
+        except RowError as error:
+            return failed(blank, error), {}
+
+    def _interpret(self, sample: _TarSample, fields: Mapping[str, Any], place: str) -> InputRow:
+        config = self.config
+        cell = {name: as_text(value) for name, value in fields.items()}
+        prompt = fields.get(config.prompt_column)
+        if prompt is None and config.prompt_column == InputConfig().prompt_column:
+            text = sample.content("txt")
+            prompt = None if text is None else text.decode("utf-8-sig", "surrogateescape")
+        if not isinstance(prompt, str | None):
+            raise RowError("row_unreadable", f"the field {config.prompt_column} of sample {place} holds no text")
+        return InputRow(
+            sample_id=cell.get(config.id_column or "") or place,
+            source=place,
+            prompt=prompt,
+            category=cell.get(config.category_column or ""),
+            label=cell.get(config.label_column or ""),
+            passthrough=tuple(cell.get(name) for name in config.passthrough),
+        )
+
+    def _with_picture(self, row: InputRow, sample: _TarSample) -> InputRow:
+        extensions = [part.extension for part in sample.parts if self._is_picture(part.extension)]
+        if row.error is not None or not extensions:
+            return row
+        if len(extensions) > 1:
+            sentence = (
+                f"sample {row.sample_id} has {len(extensions)} pictures; input.image_column names one by its ending"
+            )
+            return failed(row, RowError("row_unreadable", sentence))
+        return dataclasses.replace(row, image=sample.content(extensions[0]))
+
+    def _is_picture(self, extension: str) -> bool:
+        if self.config.image_column != _DEFAULT_IMAGE:
+            return extension == self.config.image_column
+        return f".{extension}" in IMAGE_SUFFIXES
+
+
+def _refuse_unsafe(sample: _TarSample, place: str) -> None:
+    if sample.key.startswith("/") or ".." in sample.key.split("/"):
+        raise RowError("row_unreadable", f"sample {place} has a member name that leads out of its folder")
+    if not all(part.member.isreg() for part in sample.parts):
+        raise RowError("row_unreadable", f"sample {place} has a member that is a link or a device, not a file")
+
+
+def _fields(sample: _TarSample, place: str) -> Mapping[str, Any]:
+    text = sample.content("json")
+    fields = {} if text is None else json_object(text)
+    if fields is None:
+        raise RowError("row_unreadable", f"the .json of sample {place} is no JSON object in UTF-8")
+    return fields
+
+
+def _samples(opened: IO[bytes], name: str) -> Iterator[_TarSample]:
+    """The samples from where `opened` stands, in order; reads headers only. Raises `InputError` for a damaged tar."""
+    try:
+        with tarfile.open(fileobj=opened, mode="r:") as tar:
+            for key, parts in groupby(_parts(tar, opened, name), key=lambda part: part.key):
+                yield _TarSample(key, tuple(parts), tar)
+    except tarfile.TarError as error:
+        raise InputError(f"{name} is no plain, complete tar file: {error}") from error
+
+
+def _parts(tar: tarfile.TarFile, opened: IO[bytes], name: str) -> Iterator[_Part]:
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+        match = _NAME.match(member.name)
+        if match and not member.isdir() and not posixpath.basename(member.name).startswith("__"):
+            yield _Part(printable(match[1]), match[2].lower(), member)
+    _refuse_damaged_end(tar, opened, name)
+
+
+def _refuse_damaged_end(tar: tarfile.TarFile, opened: IO[bytes], name: str) -> None:
+    """A header that is no header ends a walk without a word: what follows would be lost."""
+    opened.seek(tar.offset)
+    block = opened.read(_BLOCK)
+    if block.strip(b"\0"):
+        raise InputError(f"{name} is damaged at byte {tar.offset:,}: the rest of it cannot be read")
