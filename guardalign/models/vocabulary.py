@@ -1,0 +1,49 @@
+"""A tokenizer's control tokens, and a copy of the tokenizer that cannot write them; knows nothing of prompts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+def control_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of the added tokens that control something: all but runs of whitespace."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token for token, entry in added.items() if not _is_layout(entry.content))
+
+
+def without_added_tokens(tokenizer: Tokenizer, opens: bool) -> Tokenizer:
+    """A copy that recognises no added token; `opens` tells whether its texts stand at a prompt's very beginning.
+
+    Entries of the base vocabulary that spell an added token are renamed (ids stay), for models that match whole words.
+    """
+    state = json.loads(tokenizer.to_str())
+    control = {entry["content"] for entry in state["added_tokens"] if not _is_layout(entry["content"])}
+    control.discard(state["model"].get("unk_token"))
+    state["added_tokens"] = [entry for entry in state["added_tokens"] if _is_layout(entry["content"])]
+    state["post_processor"] = state["truncation"] = state["padding"] = None
+    state["model"]["vocab"] = _renamed(state["model"]["vocab"], control)
+    if not opens:
+        _mid_text(state["pre_tokenizer"])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _renamed(vocabulary: Any, control: set[str]) -> Any:
+    """The vocabulary (a mapping, or Unigram's list of piece and score) with control tokens out of any text's reach."""
+    if isinstance(vocabulary, list):
+        return [["\ue000" + piece if piece in control else piece, score] for piece, score in vocabulary]
+    return {"\ue000" + piece if piece in control else piece: token for piece, token in vocabulary.items()}
+
+
+def _mid_text(pre_tokenizer: dict[str, Any] | None) -> None:
+    """Metaspace's scheme `first` puts its mark at the beginning of a whole text only: not here."""
+    for step in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
+
+
+def _is_layout(content: str) -> bool:
+    """Runs of whitespace are added tokens in some vocabularies; they control nothing."""
+    return not content.replace("▁", " ").strip()
