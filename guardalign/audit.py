@@ -10,7 +10,7 @@ import platform
 import secrets
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from guardalign.config import EMBEDDED, AuditConfig, to_plain
-from guardalign.errors import ResumeError, RunFailedError
+from guardalign.errors import InputError, ResumeError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, science
 from guardalign.judges import JUDGES
 from guardalign.micro import UNTRAINED, resolve_clip, resolve_input, resolve_lvlm
@@ -31,6 +31,7 @@ from guardalign.progress import Progress
 from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
 from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
 from guardalign.sources import Plan, Shard, Source, make_source
+from guardalign.sources.planning import IdLedger
 from guardalign.summary import Totals, summary_lines, totals
 from guardalign.taxonomy import Taxonomy, load_taxonomy
 from guardalign.version import VERSION
@@ -198,6 +199,7 @@ def _finish(
     files = folder.committed()
     every = [mine[index] if index in mine else folder.receipt(name) for index, name in sorted(files.items())]
     _reconcile(prepared.plan, every)
+    refuse_double_rows(folder)
     whole = totals(every)
     folder.write_json("run.json", _manifest(prepared, every, whole, totals(receipts), run_id, attempts, seconds))
     return whole
@@ -213,6 +215,23 @@ def _reconcile(plan: Plan, receipts: Sequence[Receipt]) -> None:
         f"{sum(planned.values()):,} rows were planned and {sum(written.values()):,} written; "
         f"{len(wrong)} shards differ, the first is {wrong[0]}; run the same line again"
     )
+
+
+def refuse_double_rows(folder: RunFolder) -> None:
+    """Every id stands once; else the input was changed while it was read, after its plan was made."""
+
+    def walk() -> Iterator[tuple[str, str]]:
+        for table in folder.tables(["sample_id", "shard"]):
+            rows = zip(table["sample_id"].to_pylist(), table["shard"].to_pylist(), strict=True)
+            yield from ((sample_id, f"shard {shard}") for sample_id, shard in rows)
+
+    ledger = IdLedger()
+    for sample_id, _ in walk():
+        ledger.add(sample_id)
+    try:
+        ledger.refuse_duplicates(walk)
+    except InputError as error:
+        raise RunFailedError(f"{error}; the input changed while it was read: name another --output") from None
 
 
 def _manifest(

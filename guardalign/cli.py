@@ -69,10 +69,7 @@ def _audit(words: Sequence[str]) -> int:
         layers, flags = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         return _complain(str(error), 2)
-    flags = [
-        "--dry_run=true" if flag == "--dry_run" and bare else flag
-        for flag, bare in zip(flags, _bare(flags), strict=True)
-    ]
+    flags = _with_values(flags)
     if layers.version:
         print(f"guardalign {VERSION}")
         return 0
@@ -92,9 +89,11 @@ def _audit(words: Sequence[str]) -> int:
     return audit(config)
 
 
-def _bare(flags: Sequence[str]) -> list[bool]:
-    """Whether each word stands without a value behind it."""
-    return [following.startswith("--") for following in [*flags[1:], "--"]]
+def _with_values(flags: Sequence[str]) -> list[str]:
+    """The flags with `--dry_run` allowed to stand alone."""
+    following = [*flags[1:], "--"]
+    alone = [flag == "--dry_run" and after.startswith("--") for flag, after in zip(flags, following, strict=False)]
+    return ["--dry_run=true" if bare else flag for flag, bare in zip(flags, alone, strict=True)]
 
 
 AUDIT_HELP = """usage: guardalign audit [--recipe NAME] [--config FILE]... [--dotted.flag VALUE]...

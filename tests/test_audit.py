@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from runs import committed, kill_when, rows, run, start, table
 
+from guardalign.audit import refuse_double_rows
 from guardalign.cli import main
+from guardalign.errors import RunFailedError
 from guardalign.micro import UNTRAINED
 from guardalign.results import RunFolder
 
@@ -170,6 +172,16 @@ def test_every_recipe_runs_offline_as_it_is(recipe: str, tmp_path: Path) -> None
     assert len(found) == 6
     detects = "detect" in recipe
     assert all((row["patch_scores"] is not None) == detects for row in found.values())
+
+
+def test_rows_that_stand_twice_fail_the_run(undisturbed: Path, tmp_path: Path) -> None:
+    out = RunFolder(str(tmp_path / "out"))
+    shard = pq.read_table(undisturbed / "results/shard-000001.parquet")
+    out.write_table("results/shard-000001.parquet", shard)
+    refuse_double_rows(out)
+    out.write_table("results/shard-000002.parquet", shard.slice(0, 1))
+    with pytest.raises(RunFailedError, match="'shapes-008' stands twice: shard 1 and shard 1"):
+        refuse_double_rows(out)
 
 
 def test_an_empty_prompt_and_an_over_long_one_are_rows(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from guardalign.cli import main
 from guardalign.errors import ConfigError
+from guardalign.fingerprint import science
 from guardalign.settings import as_yaml, load_settings, recipe_names
 
 
@@ -112,3 +113,10 @@ def test_the_command_line_ends_in_one_line_without_traceback(capsys: pytest.Capt
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("guardalign: shard_rows")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "cluster/profiles").glob("*.yaml")), ids=str)
+def test_a_hardware_profile_changes_no_science(path: Path) -> None:
+    plain, profiled = load_settings("guardalign", [], []), load_settings("guardalign", [str(path)], [])
+    assert plain != profiled
+    assert science(plain, {}, {}, "") == science(profiled, {}, {}, "")
