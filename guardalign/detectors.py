@@ -9,6 +9,7 @@ Knows nothing of files, image decoding or Arrow.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -34,6 +35,19 @@ from guardalign.errors import require
 from guardalign.models.clip import Embedded, PatchEncoder, PatchKind, View
 from guardalign.taxonomy import Taxonomy
 from guardalign.types import Detection
+
+log = logging.getLogger(__name__)
+
+SCALES: dict[str, tuple[float, float]] = {
+    "margin": (-2.0, 2.0),
+    "min_cost": (0.0, 2.0),
+    "mean_cost": (0.0, 2.0),
+    "printed": (0.0, math.inf),
+    "safe_probability": (0.0, 1.0),
+    "similarity": (-1.0, 0.0),
+}
+"""Thresholds that can tell pictures apart, by score: above the first number, up to the second (a picture whose cosine
+with every unsafe text is negative is not met)."""
 
 LARGEST_COST_TENSOR = 16_000_000
 """Costs held at a time (64 MB in fp32): more pictures than that are solved one after the other."""
@@ -122,6 +136,7 @@ class OtDetector:
         require(0 < self.tolerance < 1, f"detector.tolerance must lie in (0, 1), not {self.tolerance}")
         tiles = self.fit == "tiles" and self.patches == "grid"
         require(not tiles, "detector.fit=tiles has no effect on patches=grid, whose crops are cut anyway; use pad")
+        _warn_off_scale(self.score, self.threshold)
 
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ModelError or ConfigError when the model or the taxonomy cannot do what the settings ask for."""
@@ -226,6 +241,7 @@ class ClipDetector:
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.threshold), f"detector.threshold must be a finite number, not {self.threshold}")
+        _warn_off_scale(self.score, self.threshold)
 
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ConfigError when the taxonomy cannot do what the settings ask for."""
@@ -285,6 +301,19 @@ def _alike(
 def _require_anchors(taxonomy: Taxonomy, score: str) -> None:
     sentence = f"detector.score={score} needs benign anchors, and the taxonomy has none; add benign_anchors to it"
     require(bool(taxonomy.benign_anchors), sentence)
+
+
+def _warn_off_scale(score: str, threshold: float) -> None:
+    """A threshold belongs to its score; left from another one it flags all pictures, or none."""
+    low, high = SCALES[score]
+    if not low < threshold <= high:
+        many = "no" if threshold <= low else "every"
+        log.warning(
+            "detector.threshold %g flags %s picture: it is not on the scale of detector.score=%s",
+            threshold,
+            many,
+            score,
+        )
 
 
 def _require_default(detector: Any, name: str, used: bool, reason: str) -> None:

@@ -276,6 +276,30 @@ def test_a_setting_out_of_range_or_ignored_is_refused(options: dict[str, Any], s
     assert str(error.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("detector", "score", "threshold", "says"),
+    [
+        (OtDetector, "min_cost", 0.0, "flags no picture"),
+        (OtDetector, "mean_cost", 2.1, "flags every picture"),
+        (OtDetector, "printed", 0.0, "flags no picture"),
+        (OtDetector, "margin", -2.0, "flags no picture"),
+        (ClipDetector, "similarity", 0.5, "flags every picture"),
+        (ClipDetector, "safe_probability", 0.0, "flags no picture"),
+        (OtDetector, "printed", 0.42, None),
+        (OtDetector, "margin", 0.0, None),
+        (OtDetector, "min_cost", 0.7, None),
+        (ClipDetector, "similarity", -0.2, None),
+        (ClipDetector, "safe_probability", 0.5, None),
+    ],
+)
+def test_a_threshold_of_another_score_is_warned_of(
+    detector: Any, score: str, threshold: float, says: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector(score=score, threshold=threshold)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings == [] if says is None else says in warnings[0] and f"detector.score={score}" in warnings[0]
+
+
 def test_a_global_threshold_is_a_number() -> None:
     with pytest.raises(ConfigError, match=r"detector\.threshold"):
         ClipDetector(threshold=float("inf"))

@@ -10,6 +10,7 @@ Its first half, the detector and the mask, stands before it in the pipeline.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,7 +46,7 @@ class GuardAlignDefense:
     """keep the mean attention mass on the prefix as a result column; costs a second softmax in those layers"""
 
     def __post_init__(self) -> None:
-        require(self.gamma >= 0, "defense.gamma must be 0 or above")
+        require(math.isfinite(self.gamma) and self.gamma >= 0, "defense.gamma must be a finite number, 0 or above")
         require(bool(self.prefix.strip()), "defense.prefix is blank; name a text, or the defense none")
         require(self.layers is None or len(self.layers) > 0, "defense.layers is empty; name some, or leave it out")
         if self.place == "after":

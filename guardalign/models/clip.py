@@ -10,6 +10,7 @@ nothing is centre-cropped. Knows nothing of categories, thresholds or scores.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from guardalign.core.images import Decoded
+
+log = logging.getLogger(__name__)
 
 PatchKind = Literal["tokens", "values", "grid"]
 
@@ -235,15 +238,26 @@ class PatchEncoder:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors [len(texts), D] in fp32; every text is embedded once in the encoder's life."""
+        """Unit vectors [len(texts), D] in fp32; every text is embedded once in the encoder's life.
+
+        Warns of a text that fills the model's context: open_clip cuts what stands beyond it.
+        """
         fresh = [text for text in dict.fromkeys(texts) if text not in self._texts]
         for start in range(0, len(fresh), self.batch_size):
             batch = fresh[start : start + self.batch_size]
             self.num_forward_calls += 1
-            tokens = self._tokenizer(batch).to(self._device)
-            vectors = normalize(self._model.encode_text(tokens).float(), dim=-1)
+            tokens = self._tokenizer(batch)
+            self._warn_of_full_contexts(batch, tokens)
+            vectors = normalize(self._model.encode_text(tokens.to(self._device)).float(), dim=-1)
             self._texts.update(zip(batch, vectors, strict=True))
         return torch.stack([self._texts[text] for text in texts])
+
+    def _warn_of_full_contexts(self, texts: Sequence[str], tokens_TS: Tensor) -> None:
+        longer_TS = self._tokenizer([f"{text} and more" for text in texts])
+        for text, full in zip(texts, (tokens_TS == longer_TS).all(1).tolist(), strict=True):
+            if full:
+                sentence = "the text %r fills the %d tokens that clip.model takes; what stands beyond them is not seen"
+                log.warning(sentence, text, tokens_TS.shape[1])
 
 
 def _cut(decoded: Decoded, box: Box) -> Image:

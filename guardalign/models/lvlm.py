@@ -108,7 +108,9 @@ class Lvlm:
     def calibrated_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
         """`layers` checked against the model, or its default middle layers; cross-attention layers have no prefix."""
         if layers is None:
-            return tuple(layer for layer in default_layers(self.num_layers) if layer not in self.cross_attention_layers)
+            middle = tuple(at for at in default_layers(self.num_layers) if at not in self.cross_attention_layers)
+            require(bool(middle), "defense.layers: the middle layers all attend to the image alone; name some others")
+            return middle
         outside = [layer for layer in layers if not 0 <= layer < self.num_layers]
         last = self.num_layers - 1
         require(not outside, f"defense.layers: {outside} lie outside the model; its layers are 0 to {last}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 from tokenizers import Tokenizer
+
+RENAMED = secrets.token_hex(16) + "{}"
+"""The name that a control token gets; drawn anew in every process, since a name that is known can be written."""
 
 
 def control_tokens(tokenizer: Tokenizer) -> frozenset[int]:
@@ -17,7 +21,8 @@ def control_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 def without_added_tokens(tokenizer: Tokenizer, opens: bool) -> Tokenizer:
     """A copy that recognises no added token; `opens` tells whether its texts stand at a prompt's very beginning.
 
-    Entries of the base vocabulary that spell an added token are renamed (ids stay), for models that match whole words.
+    Entries of the base vocabulary that spell an added token are renamed (ids stay), for models that match whole words,
+    and no merge leads to them.
     """
     state = json.loads(tokenizer.to_str())
     control = {entry["content"] for entry in state["added_tokens"] if not _is_layout(entry["content"])}
@@ -25,6 +30,8 @@ def without_added_tokens(tokenizer: Tokenizer, opens: bool) -> Tokenizer:
     state["added_tokens"] = [entry for entry in state["added_tokens"] if _is_layout(entry["content"])]
     state["post_processor"] = state["truncation"] = state["padding"] = None
     state["model"]["vocab"] = _renamed(state["model"]["vocab"], control)
+    if "merges" in state["model"]:
+        state["model"]["merges"] = [pair for pair in state["model"]["merges"] if not _names(pair) & control]
     if not opens:
         _mid_text(state["pre_tokenizer"])
     return Tokenizer.from_str(json.dumps(state))
@@ -33,8 +40,14 @@ def without_added_tokens(tokenizer: Tokenizer, opens: bool) -> Tokenizer:
 def _renamed(vocabulary: Any, control: set[str]) -> Any:
     """The vocabulary (a mapping, or Unigram's list of piece and score) with control tokens out of any text's reach."""
     if isinstance(vocabulary, list):
-        return [["\ue000" + piece if piece in control else piece, score] for piece, score in vocabulary]
-    return {"\ue000" + piece if piece in control else piece: token for piece, token in vocabulary.items()}
+        return [[RENAMED.format(piece) if piece in control else piece, score] for piece, score in vocabulary]
+    return {RENAMED.format(piece) if piece in control else piece: token for piece, token in vocabulary.items()}
+
+
+def _names(pair: Any) -> set[str]:
+    """What a merge joins, and what it makes; older files write the pair as one string."""
+    left, right = pair.split(" ") if isinstance(pair, str) else pair
+    return {left, right, left + right}
 
 
 def _mid_text(pre_tokenizer: dict[str, Any] | None) -> None:

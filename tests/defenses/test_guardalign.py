@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -80,7 +81,13 @@ def test_a_prefix_after_the_instruction_is_refused_or_warned_of(caplog: pytest.L
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"gamma": -0.1}, "defense.gamma"), ({"layers": []}, "defense.layers"), ({"prefix": " "}, "defense.prefix")],
+    [
+        ({"gamma": -0.1}, "defense.gamma"),
+        ({"gamma": math.inf}, "defense.gamma must be a finite number"),
+        ({"gamma": math.nan}, "defense.gamma"),
+        ({"layers": []}, "defense.layers"),
+        ({"prefix": " "}, "defense.prefix"),
+    ],
 )
 def test_settings_out_of_range_are_named(options: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=f"^{says}"):
@@ -90,6 +97,18 @@ def test_settings_out_of_range_are_named(options: dict[str, object], says: str) 
 def test_layers_outside_the_model_stop_the_run() -> None:
     with pytest.raises(ConfigError, match="its layers are 0 to 5"):
         answers("llava", GuardAlignDefense(layers=[2, 17]))
+
+
+def test_a_model_whose_middle_layers_see_the_image_alone_is_not_left_uncalibrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lvlm = small_lvlm("mllama")
+    assert lvlm.calibrated_layers(None) == (2, 3)
+    monkeypatch.setattr(lvlm, "cross_attention_layers", frozenset({1, 3}))
+    assert lvlm.calibrated_layers(None) == (2,)
+    monkeypatch.setattr(lvlm, "cross_attention_layers", frozenset({2, 3}))
+    with pytest.raises(ConfigError, match=r"^defense\.layers: the middle layers all attend to the image alone"):
+        answers("mllama", GuardAlignDefense())
 
 
 def test_every_defense_is_frozen_and_documents_its_fields() -> None:

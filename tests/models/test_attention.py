@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from guardalign.config import LvlmConfig
 from guardalign.core.calibration import Calibration
 from guardalign.models import attention
 from guardalign.models.attention import CalibratedBatch, calibrated
 from guardalign.models.batches import Batch, collate
 from guardalign.models.lvlm import Lvlm
-from tests.small_lvlms import FAMILIES, picture, small_lvlm
+from tests.small_lvlms import FAMILIES, build, picture, small_lvlm
 
 PREFIX = "As an AI assistant, I decline."
 NEW = 6
@@ -209,6 +211,37 @@ def test_a_sliding_window_counts_tokens_seen_not_keys_kept() -> None:
         Z[row, ..., start:stop] += Z[row, ..., start:stop].clamp(min=0)
     expected = (Z.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
     torch.testing.assert_close(mine, expected)
+
+
+@pytest.fixture
+def sliding_lvlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lvlm:
+    """Every other layer keeps 24 keys; prompts are longer, so that the prefix leaves these layers' windows."""
+    config, processor = FAMILIES["llava_onevision"]()
+    text = config.text_config
+    text.use_sliding_window, text.sliding_window, text.max_window_layers = True, 24, 0
+    text.layer_types = ["sliding_attention", "full_attention"] * 3
+    monkeypatch.setitem(FAMILIES, "sliding", lambda: (config, processor))
+    return Lvlm.load(LvlmConfig(model=str(build("sliding", tmp_path)), device="cpu"))
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_sliding_layers_beside_full_ones_equal_the_naive_attention_without_a_cache(
+    sliding_lvlm: Lvlm, answer: bool
+) -> None:
+    lvlm, how = sliding_lvlm, calibration(1.5, answer=answer, layers=(1, 2, 3))
+    batch = batch_of(lvlm)
+    tokens, logits, _ = ours(lvlm, batch, how)
+    tensors = lvlm._placed(batch.tensors)
+    with naively(lvlm, how, batch), torch.inference_mode():
+        for step in range(NEW):
+            seen = tokens[:, :step]
+            grown = tensors | {
+                "input_ids": torch.cat([tensors["input_ids"], seen], 1),
+                "attention_mask": torch.cat([tensors["attention_mask"], torch.ones_like(seen)], 1),
+            }
+            positions = (grown["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            expected = lvlm.model(**grown, position_ids=positions, use_cache=False).logits[:, -1]
+            torch.testing.assert_close(logits[:, step], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_without_a_prefix_and_batches_without_any_stay_plain() -> None:

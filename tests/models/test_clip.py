@@ -121,6 +121,27 @@ def test_the_whole_picture_is_seen(plain: PatchEncoder, width: int, height: int,
         assert view.pixels[0, : resized[1], : resized[0]].max() > 50
 
 
+@pytest.mark.parametrize("patches", ["tokens", "values"])
+@pytest.mark.parametrize(
+    ("fit", "size"), [("pad", (97, 40)), ("pad", (31, 77)), ("squash", (97, 40)), ("tiles", (64, 40))]
+)
+def test_what_changes_inside_a_box_changes_that_boxes_patch_most(
+    plain: PatchEncoder, patches: Any, fit: Any, size: tuple[int, int]
+) -> None:
+    """Pixels to tokens and back, cell by cell: neither axis is swapped, no row or column is off by one."""
+    look = picture(*size)
+    view = plain.view(look, patches, fit)
+    assert view.grid is not None
+    views = [view]
+    for left, top, right, bottom in patch_boxes(view.grid, *size):
+        pixels = np.array(look.picture)
+        pixels[top:bottom, left:right] = 255 - pixels[top:bottom, left:right]
+        views.append(plain.view(Look(Image.fromarray(pixels), *size), patches, fit))
+    before, *after = (seen.patches[seen.valid] for seen in plain.encode(views))
+    moved = [int((changed - before).norm(dim=-1).argmax()) for changed in after]
+    assert moved == list(range(len(before)))
+
+
 def test_padding_has_the_mean_colour_and_no_patches(plain: PatchEncoder) -> None:
     view = plain.view(picture(64, 16), "tokens", "pad")
     assert view.grid is not None and (view.grid.rows, view.grid.columns) == (1, 4)
@@ -200,6 +221,15 @@ def test_texts_equal_open_clips_own(plain: PatchEncoder) -> None:
     with torch.inference_mode():
         expected = normalize(raw(plain).encode_text(open_clip.SimpleTokenizer()(texts)), dim=-1)
     torch.testing.assert_close(plain.encode_texts(texts), expected)
+
+
+def test_a_text_that_the_model_cannot_see_whole_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = small_encoder(tmp_path)
+    encoder.encode_texts(["a gun", "a " * 70])
+    assert caplog.records == []
+    gun, cat = encoder.encode_texts(["a " * 76 + "gun", "a " * 76 + "cat"])
+    assert torch.equal(gun, cat), "open_clip cuts texts"
+    assert len(caplog.records) == 2 and "gun' fills the 77 tokens" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

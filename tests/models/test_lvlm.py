@@ -255,6 +255,24 @@ def test_sampling_follows_the_distribution() -> None:
     assert seen[4] == 0
 
 
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(2, 1.0, 2), (0, 0.9, 2), (3, 0.97, 3)])
+def test_sampling_among_the_kept_follows_their_distribution(top_k: int, top_p: float, kept: int) -> None:
+    rows, scores = 20_000, torch.tensor([0.5, 2.0, -1.0, 0.0, -3.0])
+    settings = GenerationConfig(max_new_tokens=1, temperature=0.7, top_k=top_k, top_p=top_p)
+    sampler = RowSampler(settings, [row_seed(0, str(row)) for row in range(rows)], 3)
+    drawn = sampler(torch.zeros(rows, 3, dtype=torch.long), scores.expand(rows, -1)).argmax(-1)
+    expected = (scores.double() / 0.7).softmax(0)
+    expected[scores.argsort(descending=True)[kept:]] = 0
+    seen = torch.bincount(drawn, minlength=5).double() / rows
+    assert (seen - expected / expected.sum()).abs().max() < 4 * (0.25 / rows) ** 0.5
+    assert (seen[expected == 0] == 0).all()
+
+
+def test_a_rows_draws_do_not_depend_on_the_longest_answer() -> None:
+    short, long = (RowSampler(GenerationConfig(max_new_tokens=n, temperature=1.0), [7, 8], 3).uniform for n in (5, 300))
+    assert torch.equal(short, long[:, :5])
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.8), (7, 0.6), (0, 1e-6), (1, 1.0), (0, 1.0)])
 def test_top_k_and_top_p_keep_the_tokens_that_the_library_keeps(top_k: int, top_p: float) -> None:
     scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(3)) * 2
