@@ -6,9 +6,11 @@ Every input ends as exactly one row, or the run says that it did not. Knows the 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import secrets
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from guardalign.config import EMBEDDED, AuditConfig, to_plain
+from guardalign.config import EMBEDDED, AuditConfig, ignored_settings, to_plain
 from guardalign.errors import InputError, ResumeError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, science
 from guardalign.judges import JUDGES
@@ -77,6 +79,8 @@ def audit(config: AuditConfig, say: Say = print) -> int:
     untrained = EMBEDDED in (config.lvlm.model, config.clip.model if config.detector.name != NONE else "")
     if untrained:
         say(UNTRAINED)
+    for sentence in ignored_settings(config):
+        say(f"warning   {sentence}")
     prepared = prepare(config)
     code = _dry_run(prepared, say) if config.dry_run else _audit_into_folder(prepared, say)
     if untrained:
@@ -118,7 +122,7 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         receipts, interrupted = _work(prepared, left, writer, folder)
         if interrupted:
             say(f"interrupted: {len(folder.committed()):,} of {len(prepared.plan.shards):,} shards are committed")
-            say(f"to resume, type the same line again: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+            say(f"to resume, type the same line again: {typed_line()}")
             return 130
         whole = _finish(folder, prepared, receipts, run_id, attempts, monotonic() - started)
         seconds = monotonic() - started
@@ -244,7 +248,11 @@ def _manifest(
     seconds: float,
 ) -> dict[str, Any]:
     plan = prepared.plan
-    notes = [*plan.notes, *dict.fromkeys(note for receipt in receipts for note in receipt.notes)]
+    notes = [
+        *ignored_settings(prepared.config),
+        *plan.notes,
+        *dict.fromkeys(note for receipt in receipts for note in receipt.notes),
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -296,4 +304,19 @@ def _next_command(folder: RunFolder) -> str:
         if flagged:
             first = flagged[0]
             break
-    return f"guardalign show {folder.out} {first}"
+    return shlex.join([_program(), "show", folder.out, str(first)])
+
+
+def typed_line() -> str:
+    """The command line of this process, as somebody in this folder would type it again."""
+    script = Path(sys.argv[0])
+    begin = ["python", os.path.relpath(script)] if script.suffix == ".py" else [_program()]
+    return shlex.join([*begin, *sys.argv[1:]])
+
+
+def _program() -> str:
+    """The console command: its name where the shell finds it, else its place beside this Python."""
+    beside = Path(sys.executable).with_name("guardalign")
+    found = shutil.which("guardalign")
+    is_same = found is not None and Path(found).parent.resolve() == beside.parent.resolve()
+    return "guardalign" if is_same or not beside.exists() else os.path.relpath(beside)

@@ -236,6 +236,21 @@ class AuditConfig:
         require(bool(self.output), "output is empty; name a folder")
 
 
+def ignored_settings(config: AuditConfig) -> tuple[str, ...]:
+    """Sentences on settings that have no effect beside the others."""
+    found = []
+    if config.sanitizer.name != "none" and config.detector.name == "none":
+        found.append(f"sanitizer {config.sanitizer.name} is left out: without a detector there is nothing to blank")
+    if config.sanitizer.name != "none" and config.detector.name == "clip":
+        found.append(f"sanitizer {config.sanitizer.name} blanks nothing: detector clip scores no patches")
+    drawn = config.generation
+    if drawn.temperature == 0 and (drawn.top_p != 1 or drawn.top_k != 0):
+        found.append("generation.top_p and top_k have no effect at temperature 0, which decodes greedily")
+    if config.images.keep == "flagged" and config.detector.name == "none":
+        found.append("images.keep flagged keeps nothing: without a detector nothing is flagged")
+    return tuple(found)
+
+
 def to_plain(config: object) -> Any:
     """The settings as nested dicts, lists and scalars; a `Choice` becomes {name: ..., its options}."""
     if isinstance(config, Choice):

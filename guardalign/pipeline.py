@@ -152,12 +152,13 @@ def run_on_ray(
     _keep_shards_whole()
     listed = steps(config, taxonomy)
     rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+    readers = 2 * max(config.cluster.detect_actors, config.cluster.generate_actors)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         partial(_read_task, source),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=READ_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=2 * max(config.cluster.detect_actors, config.cluster.generate_actors)),
+        compute=ray.data.TaskPoolStrategy(size=min(readers, len(rows))),
     )
     for pool in ("detect", "generate"):
         members = [step for step in listed if step.pool == pool]

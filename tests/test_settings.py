@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from guardalign.cli import main
+from guardalign.config import ignored_settings
 from guardalign.errors import ConfigError
 from guardalign.fingerprint import science
 from guardalign.settings import as_yaml, load_settings, recipe_names
@@ -93,6 +94,26 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
     assert "YAML" in message(files=(written(tmp_path, "a.yaml", "a: [1\n"),))
     assert "list" in message(files=(written(tmp_path, "b.yaml", "- 1\n"),))
     assert "input" in message(files=(written(tmp_path, "c.yaml", "input:\n"),))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--detector.name", "none"), "nothing to blank"),
+        (("--detector.name", "clip"), "scores no patches"),
+        (("--generation.top_p", "0.5"), "greedily"),
+        (("--generation.top_k", "5"), "greedily"),
+        (("--detector.name", "none", "--sanitizer.name", "none", "--images.keep", "flagged"), "nothing is flagged"),
+    ],
+)
+def test_a_setting_without_effect_is_told(flags: tuple[str, ...], words: str) -> None:
+    (sentence,) = ignored_settings(load_settings("guardalign", [], list(flags)))
+    assert words in sentence
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_no_recipe_has_a_setting_without_effect(recipe: str) -> None:
+    assert ignored_settings(load_settings(recipe, [], [])) == ()
 
 
 def test_printed_settings_read_back_as_themselves(tmp_path: Path) -> None:
