@@ -28,7 +28,7 @@ from guardalign.judges import JUDGES
 from guardalign.micro import UNTRAINED, resolve_clip, resolve_input, resolve_lvlm
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
-from guardalign.pipeline import ENGINES, NONE, steps
+from guardalign.pipeline import ENGINES, NONE, PROBLEM, steps
 from guardalign.progress import Progress
 from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
 from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
@@ -62,7 +62,7 @@ class Prepared:
 def prepare(config: AuditConfig) -> Prepared:
     """Plans the input and seals what the rows depend on; raises a `UserError` where something is missing."""
     taxonomy = load_taxonomy(config.taxonomy)
-    source = make_source(resolve_input(config.input), reserved=(*RESULT_NAMES, *HIDDEN))
+    source = make_source(resolve_input(config.input), reserved=(*RESULT_NAMES, *HIDDEN, PROBLEM))
     plan = source.plan(config.shard_rows, config.limit)
     detects = config.detector.name != NONE
     clip_weights = clip_fingerprint(resolve_clip(config.clip)) if detects else {}
@@ -112,7 +112,7 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         left = [shard for shard in prepared.plan.shards if shard.index not in done]
         if not left and folder.exists("run.json"):
             say(f"nothing to do: {folder.out} is complete ({prepared.plan.num_rows:,} rows)")
-            return _verdict_on_errors(prepared.config, Totals(**folder.read_json("run.json")["totals"]))
+            return _verdict_on_errors(prepared.config, Totals(**folder.read_json("run.json", "totals")["totals"]))
         _record_start(folder, prepared, attempts, run_id)
         if done:
             say(f"resuming: {len(done):,} of {len(prepared.plan.shards):,} shards are done")
@@ -140,7 +140,7 @@ def _open(folder: RunFolder, prepared: Prepared) -> tuple[int, str]:
         if folder.committed():
             raise ResumeError(f"{folder.out} holds result files but no plan.json; name another --output")
         return 1, run_id
-    before = folder.read_json("plan.json")
+    before = folder.read_json("plan.json", "science", "shape", "attempts")
     changes = differences(before["science"] | before["shape"], prepared.science | _shape(prepared))
     files = changed_files(folder.read_table("inputs.parquet").to_pylist(), _listing(prepared.plan).to_pylist())
     if changes or files:
@@ -150,7 +150,15 @@ def _open(folder: RunFolder, prepared: Prepared) -> tuple[int, str]:
         raise ResumeError(
             f"{folder.out} holds a run that this one would mix with: {named}{rest}; name another --output"
         )
+    _refuse_foreign_shards(folder, prepared.plan)
     return int(before["attempts"]) + 1, run_id
+
+
+def _refuse_foreign_shards(folder: RunFolder, plan: Plan) -> None:
+    planned = {shard.index for shard in plan.shards}
+    foreign = [name for index, name in folder.committed().items() if index not in planned]
+    if foreign:
+        raise ResumeError(f"{folder.out}/{foreign[0]} belongs to no shard of this run; remove it")
 
 
 def _shape(prepared: Prepared) -> dict[str, Any]:
@@ -304,7 +312,8 @@ def _next_command(folder: RunFolder) -> str:
         if flagged:
             first = flagged[0]
             break
-    return shlex.join([_program(), "show", folder.out, str(first)])
+    guard = ["--"] if str(first).startswith("-") else []
+    return shlex.join([_program(), "show", folder.out, *guard, str(first)])
 
 
 def typed_line() -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from guardalign.errors import RunFailedError, UserError
+from guardalign.errors import ConfigError, RunFailedError, UserError, harmless
 from guardalign.version import VERSION
 
 USAGE = """usage: guardalign COMMAND ...
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         return _complain(f"there is no command {words[0]!r}; one of: {', '.join(COMMANDS)}", 2)
     try:
-        return command(words[1:])
+        return command(_with_negatives(words[1:]))
     except RunFailedError as error:
         return _complain(str(error), 1)
     except UserError as error:
@@ -50,11 +52,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written: the user's to mend
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
 
 
 def _complain(sentence: str, code: int) -> int:
-    print(f"guardalign: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"guardalign: {harmless(' '.join(sentence.split()))}", file=sys.stderr)
     return code
+
+
+def _say(line: str) -> None:
+    print(harmless(line))
+
+
+def _with_negatives(words: Sequence[str]) -> list[str]:
+    """`--threshold -1e-3` as `--threshold=-1e-3`: argparse takes a negative number with an exponent for a flag."""
+    joined: list[str] = []
+    for word in words:
+        if re.fullmatch(r"-(\d+\.?\d*|\.\d+)e[+-]?\d+", word, re.IGNORECASE) and joined and joined[-1][:2] == "--":
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _audit(words: Sequence[str]) -> int:
@@ -86,7 +112,7 @@ def _audit(words: Sequence[str]) -> int:
 
     hide_progress_bars()
     signal.signal(signal.SIGTERM, _interrupt)
-    return audit(config)
+    return audit(config, _say)
 
 
 def _with_values(flags: Sequence[str]) -> list[str]:
@@ -117,7 +143,7 @@ def _interrupt(*_: object) -> None:
 def _rescore(words: Sequence[str]) -> int:
     from guardalign.rescore import rescore
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="guardalign rescore",
         description="Applies another threshold to the stored scores of a finished run; writes "
         "OUT/rescored/threshold-T.parquet and names the rows whose picture the model would now see differently.",
@@ -126,14 +152,14 @@ def _rescore(words: Sequence[str]) -> int:
     parser.add_argument("--threshold", type=float, required=True, help="scores strictly below it are unsafe")
     given = parser.parse_args(list(words))
     for line in rescore(given.out, given.threshold):
-        print(line)
+        _say(line)
     return 0
 
 
 def _show(words: Sequence[str]) -> int:
     from guardalign.show import show
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="guardalign show",
         description="Prints one row of a run and writes its picture, heat map and mask side by side as PNG.",
     )
@@ -141,7 +167,7 @@ def _show(words: Sequence[str]) -> int:
     parser.add_argument("sample_id", help="the row's sample_id")
     given = parser.parse_args(list(words))
     for line in show(given.out, given.sample_id):
-        print(line)
+        _say(line)
     return 0
 
 

@@ -73,6 +73,11 @@ class RowError(GuardAlignError):
         return type(self), (self.kind, str(self))
 
 
+def harmless(text: str) -> str:
+    """`text` on one line of printable characters: what data holds can neither steer a terminal nor fake a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def require(holds: bool, sentence: str) -> None:
     """Raise `ConfigError(sentence)` unless `holds`."""
     if not holds:

@@ -123,11 +123,11 @@ class Pool:
                 raise self.problem
             for stage in self.stages:
                 table = stage(table)
+            if self.writer is None:
+                return table
+            return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})
         except UserError as problem:
             return pa.table({PROBLEM: [str(problem)], "kind": [type(problem).__name__]})
-        if self.writer is None:
-            return table
-        return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})
 
 
 PROBLEM = "_problem"

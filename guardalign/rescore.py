@@ -58,9 +58,14 @@ def rescore(out: str, threshold: float) -> list[str]:
         raise InputError(f"{out} was made without a detector: there are no scores to apply a threshold to")
     sanitized = manifest["config"]["sanitizer"]["name"] != "none"
     rows = [row for table in folder.tables(COLUMNS) for row in _rescored(table, threshold, sanitized)]
-    name = f"rescored/threshold-{threshold:g}.parquet"
+    name = f"rescored/threshold-{_exactly(threshold)}.parquet"
     folder.write_table(name, pa.Table.from_pylist(rows, schema=SCHEMA))
     return _lines(rows, folder.out, name, threshold)
+
+
+def _exactly(threshold: float) -> str:
+    """All digits: two thresholds never share a file."""
+    return repr(threshold).removesuffix(".0")
 
 
 def open_finished(folder: RunFolder) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def open_finished(folder: RunFolder) -> dict[str, Any]:
     if not folder.exists("run.json"):
         state = "is not finished: run its audit again to resume" if folder.exists("plan.json") else "holds no run"
         raise InputError(f"{folder.out} {state}")
-    return folder.read_json("run.json")
+    return folder.read_json("run.json", "config", "totals")
 
 
 def _rescored(table: pa.Table, threshold: float, sanitized: bool) -> Iterator[dict[str, Any]]:
@@ -107,7 +112,7 @@ def _lines(rows: list[dict[str, Any]], out: str, name: str, threshold: float) ->
         f" and {len(changed) - NAMED_ROWS:,} more" if changed[NAMED_ROWS:] else ""
     )
     return [
-        f"threshold  {threshold:g}",
+        f"threshold  {_exactly(threshold)}",
         f"flagged    {rate(sum(row['flagged'] for row in detected), len(detected))}",
         f"flags      {sum(row['flag_changed'] for row in detected):,} changed",
         f"pictures   {len(changed):,} would look different to the LVLM" + (f": {named}" if changed else ""),

@@ -29,11 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from guardalign.errors import ResumeError
+from guardalign.errors import ConfigError, ResumeError, UserError
 from guardalign.schema import PLANNED, TIMED_STAGES, Trace, to_result, trace_of, with_columns
 
 RECEIPT_KEY = "guardalign.receipt"
-_SHARD_FILE = re.compile(r"shard-(\d+)\.parquet$")
+_SHARD_FILE = re.compile(r"shard-(\d{6}|[1-9]\d{6,})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,20 @@ def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Re
     )
 
 
+def shard_name(shard: int) -> str:
+    """The file of a shard within the run."""
+    return f"results/shard-{shard:06d}.parquet"
+
+
 class RunFolder:
     """The files of one run, on a local (or mounted) file system or any fsspec URI."""
 
     def __init__(self, out: str) -> None:
         self.out = out
-        self.files, root = fsspec.url_to_fs(os.path.expanduser(out))
+        try:
+            self.files, root = fsspec.url_to_fs(os.path.expanduser(out))
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"the folder {out} cannot be opened: {error}") from None
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.files, LocalFileSystem)
 
@@ -113,9 +121,20 @@ class RunFolder:
         """Whether the run has that file."""
         return bool(self.files.exists(self.path(name)))
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run."""
-        return json.loads(self.files.cat_file(self.path(name)))
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
+        """A JSON file of the run, which has these keys."""
+        try:
+            found = json.loads(self.files.cat_file(self.path(name)))
+        except (ValueError, OSError):
+            raise self._damaged(name) from None
+        if not isinstance(found, dict) or any(key not in found for key in keys):
+            raise self._damaged(name)
+        return found
+
+    def _damaged(self, name: str) -> ResumeError:
+        is_shard = name.startswith("results/")
+        mend = "remove it and run its audit again" if is_shard else "mend it from a copy, or name another --output"
+        return ResumeError(f"{self.out}/{name} is missing or damaged; {mend}")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file whole, or not at all."""
@@ -123,8 +142,11 @@ class RunFolder:
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file of the run."""
-        with self.files.open(self.path(name), "rb") as stream:
-            return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
+        try:
+            with self.files.open(self.path(name), "rb") as stream:
+                return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
+        except (pa.ArrowInvalid, OSError):
+            raise self._damaged(name) from None
 
     def write_table(self, name: str, table: pa.Table) -> str:
         """Writes a Parquet file (zstd) whole, or not at all; returns its SHA-256."""
@@ -135,8 +157,13 @@ class RunFolder:
         return hashlib.sha256(content).hexdigest()
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file whole, or not at all."""
-        target = self.path(name)
+        """Writes a file whole, or not at all; a `UserError` where the folder does not take it."""
+        try:
+            self._write(self.path(name), content)
+        except OSError as error:
+            raise UserError(f"{self.out}/{name} cannot be written: {error.strerror or error}") from error
+
+    def _write(self, target: str, content: bytes) -> None:
         if not self.is_local:
             self.files.pipe_file(target, content)
             return
@@ -169,10 +196,15 @@ class RunFolder:
 
     def receipt(self, name: str) -> Receipt:
         """The receipt in a shard file's footer, with the checksum of the file as it is now."""
-        content = self.files.cat_file(self.path(name))
-        metadata = pq.ParquetFile(io.BytesIO(content)).schema_arrow.metadata or {}
-        found = json.loads(metadata[RECEIPT_KEY.encode()])
-        return replace(Receipt(**found), sha256=hashlib.sha256(content).hexdigest())
+        try:
+            content = self.files.cat_file(self.path(name))
+            metadata = pq.ParquetFile(io.BytesIO(content)).schema_arrow.metadata or {}
+            found = Receipt(**json.loads(metadata[RECEIPT_KEY.encode()]))
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+            raise self._damaged(name) from None
+        if name != shard_name(found.shard):
+            raise ResumeError(f"{self.out}/{name} holds shard {found.shard}; remove it and run its audit again")
+        return replace(found, sha256=hashlib.sha256(content).hexdigest())
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The result rows, shard by shard, in the shards' order."""
@@ -209,7 +241,7 @@ class ShardWriter:
         result = to_result(self._with_provenance(table, trace), self.schema)
         receipt = shard_receipt(result, shard, self.run_id, trace)
         metadata = dict(result.schema.metadata) | {RECEIPT_KEY: json.dumps(asdict(receipt))}
-        name = f"results/shard-{shard:06d}.parquet"
+        name = shard_name(shard)
         sha256 = RunFolder(self.out).write_table(name, result.replace_schema_metadata(metadata))
         return replace(receipt, sha256=sha256)
 
@@ -248,8 +280,11 @@ class Lock:
             return self
         import fcntl
 
-        Path(self.folder.root).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder.path(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            Path(self.folder.root).mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder.path(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"output {self.folder.out} is no folder to write to: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

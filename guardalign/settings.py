@@ -28,6 +28,8 @@ from guardalign.sanitizers import SANITIZERS
 
 RECIPES = Path(__file__).with_name("recipes")
 DEFAULT_RECIPE = "guardalign"
+DEEPEST = 8
+"""Levels of a config file; settings need three."""
 STRATEGIES: dict[str, Mapping[str, type | None]] = {
     "detector": {"none": None, **DETECTORS},
     "sanitizer": {"none": None, **SANITIZERS},
@@ -37,6 +39,12 @@ STRATEGIES: dict[str, Mapping[str, type | None]] = {
 """The classes behind each strategy's names; None leaves the stage out."""
 
 
+_GROUPS: dict[str, Any] = {
+    name: hint for name, hint in typing.get_type_hints(AuditConfig).items() if dataclasses.is_dataclass(hint)
+}
+"""The settings that hold settings, and their classes."""
+
+
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -44,7 +52,9 @@ def recipe_names() -> list[str]:
 
 def load_settings(recipe: str | None, files: Sequence[str], flags: Sequence[str]) -> AuditConfig:
     """The settings of a recipe, then these files, then these flags; every mistake is a one-line `ConfigError`."""
+    _refuse_groups(flags)
     merged = _layered(recipe, files, flags)
+    _refuse_scalars(merged)
     parser = audit_parser(_names(merged))
     empty = [key for key, value in merged.items() if value is None and key not in ("limit", "max_error_fraction")]
     if empty:
@@ -54,6 +64,25 @@ def load_settings(recipe: str | None, files: Sequence[str], flags: Sequence[str]
     except ArgumentError as error:
         raise ConfigError(one_line(error.message, parser)) from None
     return _config(parsed)
+
+
+def _refuse_groups(flags: Sequence[str]) -> None:
+    """`--detector none` would replace a whole group, and checks nothing: its settings are named one by one."""
+    for flag in flags:
+        group = flag.removeprefix("--").partition("=")[0]
+        if flag.startswith("--") and group in _GROUPS:
+            example = "name" if group in STRATEGIES else dataclasses.fields(_GROUPS[group])[0].name
+            raise ConfigError(f"--{group} is a group of settings; name one of them, such as --{group}.{example}")
+        if not all(ord(c) < 0xD800 or ord(c) > 0xDFFF for c in flag):
+            raise ConfigError(f"{flag!a} is no valid UTF-8")
+
+
+def _refuse_scalars(merged: Mapping[str, Any]) -> None:
+    """The parser passes over a group that holds a number or a list without a word."""
+    for group in _GROUPS:
+        value = merged.get(group)
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{group} must hold settings as 'name: value', not {value!r}")
 
 
 def audit_parser(names: Mapping[str, str]) -> ArgumentParser:
@@ -101,11 +130,21 @@ def _yaml_file(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    except RecursionError:
+        raise ConfigError(f"the config file {path} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the config file {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"the config file {path} must hold settings as 'name: value', not a {type(content).__name__}")
+    if _is_deep(content, DEEPEST):
+        raise ConfigError(f"the config file {path} is nested too deeply")
     return content
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    """More than that many levels: a YAML anchor may hold itself, without end."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_is_deep(part, levels - 1) for part in parts)
 
 
 def _names_in_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -159,25 +198,31 @@ def _choice(section: str, plain: Mapping[str, Any]) -> Choice:
     options = {key: value for key, value in plain.items() if key != "name"}
     strategy = STRATEGIES[section][plain["name"]]
     if strategy is not None:
-        _checked(strategy, options)
+        _checked(strategy, options, f"{section}.")
     return Choice(plain["name"], options)
 
 
-def _built(kind: type, plain: Mapping[str, Any]) -> Any:
+def _built(kind: type, plain: Mapping[str, Any], where: str = "") -> Any:
     """A dataclass from nested dicts."""
     hints = typing.get_type_hints(kind)
     values = {
-        name: _built(hints[name], value) if _is_section(hints[name]) and isinstance(value, Mapping) else value
+        name: _built(hints[name], value, f"{name}.")
+        if _is_section(hints[name]) and isinstance(value, Mapping)
+        else value
         for name, value in plain.items()
     }
-    return _checked(kind, values)
+    return _checked(kind, values, where)
 
 
 def _is_section(hint: Any) -> bool:
     return not isinstance(hint, types.UnionType) and dataclasses.is_dataclass(hint)
 
 
-def _checked(kind: type, values: Mapping[str, Any]) -> Any:
+def _checked(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():  # the parser lets every null pass
+        if value is None and name in hints and type(None) not in typing.get_args(hints[name]):
+            raise ConfigError(f"{where}{name} is empty; give it a value or leave it out")
     try:
         return kind(**values)
     except (TypeError, OverflowError) as error:

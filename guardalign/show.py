@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
 from guardalign.config import InputConfig
 from guardalign.core.images import decode, encode_png
 from guardalign.core.patches import patch_boxes
-from guardalign.errors import InputError, RowError, UserError
+from guardalign.errors import InputError, RowError, UserError, harmless
 from guardalign.micro import resolve_input
 from guardalign.rescore import open_finished
 from guardalign.results import RunFolder
@@ -33,6 +34,7 @@ def show(out: str, sample_id: str) -> list[str]:
     """The row's cells as lines; writes OUT/shown/....png where there is a picture."""
     folder = RunFolder(out)
     manifest = open_finished(folder)
+    sample_id = sample_id.encode("utf-8", "backslashreplace").decode()  # a word that is no UTF-8 is no row's id
     row = _find(folder, sample_id)
     lines = [f"{name:20} {_printable(value)}" for name, value in row.items() if name != "thumbnail"]
     if row["image_sha256"] is None:
@@ -51,8 +53,16 @@ def _find(folder: RunFolder, sample_id: str) -> dict[str, Any]:
         ids = folder.read_table(name, ["sample_id"])["sample_id"]
         position = pc.index(ids, sample_id).as_py()
         if position >= 0:
-            return folder.read_table(name).slice(position, 1).to_pylist()[0]
+            row = folder.read_table(name).slice(position, 1)
+            return {column: _value(row[column]) for column in row.column_names}
     raise InputError(f"{folder.out} has no row with the sample_id {_printable(sample_id)}")
+
+
+def _value(cell: pa.ChunkedArray) -> Any:
+    try:
+        return cell[0].as_py()
+    except (OverflowError, ValueError):  # a passed-through date beyond the year 9999, say
+        return f"a {cell.type} that Python cannot hold"
 
 
 def _printable(value: Any) -> str:
@@ -61,7 +71,7 @@ def _printable(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list) and value and isinstance(value[0], float):
         return _printable("[" + ", ".join(f"{number:.4g}" for number in value) + "]")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value))
+    text = harmless(str(value))
     return text if len(text) <= WIDEST_CELL else f"{text[:WIDEST_CELL]}... ({len(text):,} characters)"
 
 

@@ -30,6 +30,7 @@ from guardalign.models.lvlm import Lvlm
 from guardalign.sanitizers import Sanitizer, masked_fraction
 from guardalign.schema import (
     IMAGE,
+    RESULT_NAMES,
     Trace,
     detection_columns,
     detection_of_row,
@@ -209,7 +210,7 @@ class Generate:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Adds the reply columns; fills the pictures' sizes where no detector did."""
         started = perf_counter()
-        rows = _rows(table, tuple(table.column_names), with_image=False)
+        rows = _rows(table, tuple(name for name in table.column_names if name in RESULT_NAMES), with_image=False)
         sizes: dict[int, Size] = {}
         replies: dict[int, Reply | Failure] = {}
         for batch in _ahead(self._batches(rows), lambda index: self._case(rows[index], sizes, index)):

@@ -6,10 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test asks the hub
+
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 FIGSTEP = Path(__file__).resolve().parents[2] / "shared" / "data" / "figstep"
 

@@ -66,8 +66,6 @@ def test_problems_look_like_clip() -> None:
 
 def test_rows_that_fail_are_no_work_done() -> None:
     rows = working_table(["what is it?"], [b"no picture"])
-    clip = detection.detect_stage(1, TINY_CLIP, 1, 1)
-    assert clip.must_be == 0.8
     failed = rows.set_column(rows.schema.get_field_index("error"), "error", [["it failed"]])
     with pytest.raises(AssertionError, match="1 rows failed"):
         require_answered(failed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -32,9 +33,11 @@ class Benchmark:
     at_least: bool
     """the bound is a lower one (speed-ups); else an upper one (costs)"""
     rounds: int
-    """times each side is measured, alternately, after one warm-up of each"""
+    """times each side is measured, alternately"""
     prepare: Callable[[], tuple[Side, Side]]
     """builds both sides: the ratio is the cost of the first divided by that of the second"""
+    warm_up: bool = True
+    """each side runs once unmeasured before; False where every run is a fresh process"""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def timed(work: Callable[[], object]) -> Side:
 
 
 def measure(benchmark: Benchmark) -> Outcome:
-    """Warms both sides up, then measures them in turn."""
+    """Warms both sides up, then measures them in turn; says on stderr what it is at."""
+    print(f"measuring {benchmark.title}", file=sys.stderr, flush=True)
     first, second = benchmark.prepare()
-    first(), second()
+    if benchmark.warm_up:
+        first(), second()
     costs = tuple((first(), second()) for _ in range(benchmark.rounds))
     ratios = [one / other for one, other in costs]
     return Outcome(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,11 +115,18 @@ def find_columns(config: InputConfig, present: Collection[str], where: str = "th
         _check_asked_for(config, setting, present, where)
     for column in config.passthrough:
         _check_present("passthrough", column, present, where)
+    _refuse_ambiguous(config, list(present), where)
     found: dict[str, str | None] = {name: _if_in(present, getattr(config, name)) for name in _WITHOUT}
     absent = [name for name in _WITHOUT if found[name] is None and getattr(config, name) is not None]
     notes = tuple(f"column {getattr(config, name)} is absent: {_WITHOUT[name]}" for name in absent)
     image, sample_id, category, label = (found[name] for name in _WITHOUT)
     return Columns(config.prompt_column, image, sample_id, category, label, notes)
+
+
+def _refuse_ambiguous(config: InputConfig, present: Sequence[str], where: str) -> None:
+    for column in (config.prompt_column, *(getattr(config, name) for name in _WITHOUT), *config.passthrough):
+        if present.count(column) > 1:
+            raise InputError(f"{where} has the column {column} twice")
 
 
 def _if_in(present: Collection[str], column: str | None) -> str | None:

@@ -115,7 +115,7 @@ def test_what_is_missing_is_a_model_error(tmp_path: Path, cache: Path) -> None:
     for location, said in [
         (str(tmp_path / "empty"), "holds no model weights"),
         ("owner/name", "holds no model weights"),
-        ("owner/other", "no model owner/other: .*cache does not hold it"),
+        ("owner/other", "no model owner/other: .*not in the local hub cache"),
         (str(tmp_path / "absent" / "model"), "neither a file nor a folder nor a hub name"),
     ]:
         with pytest.raises(ModelError, match=said):
