@@ -127,11 +127,15 @@ class Pool:
                 return table
             return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})
         except UserError as problem:
-            return pa.table({PROBLEM: [str(problem)], "kind": [type(problem).__name__]})
+            return _as_table(problem)
 
 
 PROBLEM = "_problem"
 """Column of a table that stands for a shard that could not be worked on because of what the user can mend."""
+
+
+def _as_table(problem: UserError) -> pa.Table:
+    return pa.table({PROBLEM: [str(problem)], "kind": [type(problem).__name__]})
 
 
 def _receipt(batch: pa.Table) -> Receipt:
@@ -174,7 +178,10 @@ READ_CPUS = 0.5
 
 def _read_task(source: Source, batch: pa.Table) -> pa.Table:
     (descriptor,) = batch["shard"].to_pylist()
-    return read_shard(source, pickle.loads(descriptor))
+    try:
+        return read_shard(source, pickle.loads(descriptor))
+    except UserError as problem:
+        return _as_table(problem)
 
 
 def _through_pool(dataset: Any, config: AuditConfig, pool: str, members: Sequence[Step], writer: Any) -> Any:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guardalign.errors import ModelError, RowError
+from guardalign.guard import Failure, guarded
 from guardalign.schema import IMAGE, with_columns
-from guardalign.stages import Failure, admit, guarded
+from guardalign.stages import admit
 
 
 @given(st.lists(st.booleans(), max_size=40))

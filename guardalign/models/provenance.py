@@ -33,8 +33,8 @@ def weights_fingerprint(location: str, revision: str | None = None) -> dict[str,
     `location` is a file, a folder or the name of a hub model (OWNER/NAME). For a folder these are all files with
     weights, settings, tokenizers or templates, sub-folders included, hidden ones not. For a hub model they are the
     snapshot's commit, which pins every file, and the weights as they lie in the local cache, so that a broken download
-    is noticed; one that is not there yet is fetched first. Several files are hashed in threads. `ModelError` where there
-    is no such model.
+    is noticed; one that is not there yet is fetched first. Several files are hashed in threads. `ModelError` where
+    there is no such model.
     """
     path = Path(location).expanduser()
     if path.is_file():

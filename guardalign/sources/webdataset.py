@@ -23,7 +23,7 @@ from guardalign.errors import InputError, RowError
 from guardalign.sources.contract import Plan, Shard
 from guardalign.sources.files import ListedFile, list_files, open_input, printable
 from guardalign.sources.pictures import IMAGE_SUFFIXES
-from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, refuse_empty, text_fields
+from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, named, refuse_empty, text_fields
 from guardalign.sources.records import json_object
 from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
 from guardalign.sources.tables import as_text
@@ -77,7 +77,8 @@ class WebdatasetSource:
         cutter, ids, keys = ShardCutter(shard_rows), IdLedger(), IdLedger()
         present: dict[str, None] = {}
         numbers: dict[str, int] = {}
-        for file, sample in islice(self._walk(listed), limit):
+        strangers: list[str] = []
+        for file, sample in islice(self._walk(listed, strangers), limit):
             row, fields = self._words(file.name, sample)
             present |= dict.fromkeys((*fields, *(part.extension for part in sample.parts)))
             ids.add(row.sample_id)
@@ -86,7 +87,7 @@ class WebdatasetSource:
             cutter.add(file.uri, file.name, number, offset=sample.offset)
             numbers[file.name] = number + 1
         refuse_empty(self.config, cutter.num_rows)
-        notes = self._check_columns(present)
+        notes = self._check_columns(present) + _note_of(strangers)
         keys.refuse_duplicates(lambda: ((row.source, row.source) for row in self._rows(listed, limit)))
         ids.refuse_duplicates(lambda: ((row.sample_id, row.source) for row in self._rows(listed, limit)))
         files = tuple(file.as_input for file in listed)
@@ -100,10 +101,13 @@ class WebdatasetSource:
                 raise InputError(f"{file.name} is compressed, so shards cannot seek in it: unpack it to a plain .tar")
         return listed
 
-    def _walk(self, listed: Sequence[ListedFile]) -> Iterator[tuple[ListedFile, _TarSample]]:
+    def _walk(
+        self, listed: Sequence[ListedFile], strangers: list[str] | None = None
+    ) -> Iterator[tuple[ListedFile, _TarSample]]:
+        """All samples; the names of members that belong to none go to `strangers`."""
         for file in listed:
             with open_input(file.uri, file.name) as opened:
-                for sample in _samples(opened, file.name):
+                for sample in _samples(opened, file.name, strangers):
                     yield file, sample
 
     def _rows(self, listed: Sequence[ListedFile], limit: int | None) -> Iterator[InputRow]:
@@ -188,22 +192,34 @@ def _fields(sample: _TarSample, place: str) -> Mapping[str, Any]:
     return fields
 
 
-def _samples(opened: IO[bytes], name: str) -> Iterator[_TarSample]:
+def _note_of(strangers: Sequence[str]) -> tuple[str, ...]:
+    """The sentence about members without a key or an extension; none when there are none."""
+    if not strangers:
+        return ()
+    subject = "1 tar member belongs" if len(strangers) == 1 else f"{len(strangers):,} tar members belong"
+    return (f"{subject} to no sample (no extension, or no name before it): {named(strangers)}",)
+
+
+def _samples(opened: IO[bytes], name: str, strangers: list[str] | None = None) -> Iterator[_TarSample]:
     """The samples from where `opened` stands, in order; reads headers only. Raises `InputError` for a damaged tar."""
     try:
         with tarfile.open(fileobj=opened, mode="r:") as tar:
-            for key, parts in groupby(_parts(tar, opened, name), key=lambda part: part.key):
+            for key, parts in groupby(_parts(tar, opened, name, strangers), key=lambda part: part.key):
                 yield _TarSample(key, tuple(parts), tar)
     except tarfile.TarError as error:
         raise InputError(f"{name} is no plain, complete tar file: {error}") from error
 
 
-def _parts(tar: tarfile.TarFile, opened: IO[bytes], name: str) -> Iterator[_Part]:
+def _parts(tar: tarfile.TarFile, opened: IO[bytes], name: str, strangers: list[str] | None) -> Iterator[_Part]:
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # it would keep every header
         match = _NAME.match(member.name)
-        if match and not member.isdir() and not posixpath.basename(member.name).startswith("__"):
+        if member.isdir():
+            continue
+        if match and not posixpath.basename(member.name).startswith("__"):
             yield _Part(printable(match[1]), match[2].lower(), member)
+        elif strangers is not None:
+            strangers.append(printable(member.name))
     _refuse_damaged_end(tar, opened, name)
 
 

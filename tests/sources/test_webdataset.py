@@ -136,9 +136,12 @@ def test_member_names_that_are_no_utf8_still_make_ids(tmp_path, read_all):
     assert [row["sample_id"] for row in read_all(_config(path))[1]] == ["a.tar#k\\udcff"]
 
 
-def test_what_is_no_sample_is_passed_by(tmp_path, read_all):
+def test_what_is_no_sample_is_passed_by_and_named(tmp_path, read_all):
     members = [("._0.txt", b"x"), ("README", b"x"), ("__meta__.txt", b"x"), ("0.txt", b"yes"), ("d/.hidden", b"")]
-    assert [row["prompt"] for row in read_all(_config(_write(tmp_path / "a.tar", members)))[1]] == ["yes"]
+    plan, rows = read_all(_config(_write(tmp_path / "a.tar", members)))
+    assert [row["prompt"] for row in rows] == ["yes"]
+    (note,) = (note for note in plan.notes if "no sample" in note)
+    assert note.startswith("4 tar members") and note.endswith("._0.txt, README, __meta__.txt, d/.hidden")
 
 
 def test_absent_columns_are_named_and_the_caption_of_a_json_can_be_the_prompt(tmp_path, read_all):

@@ -1,0 +1,58 @@
+"""The one guard: work on some rows, in which each culprit costs its own row only.
+
+Knows nothing of stages, tables or models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from guardalign.errors import ErrorKind, RowError, UserError
+
+A = TypeVar("A")
+B = TypeVar("B")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row was given up."""
+
+    kind: ErrorKind
+    message: str
+
+
+def guarded(
+    work: Callable[[Sequence[A]], Sequence[B]], items: Sequence[A], ids: Sequence[str], kind: ErrorKind
+) -> list[B | Failure]:
+    """`work(items)`; if it fails, halves it until each culprit stands alone and becomes a `Failure`.
+
+    This is the one guard of the package. What the user can mend (`UserError`) stops the run instead: it is no row's
+    fault. An unforeseen error's text may hold a row's content, so only its type and place are told.
+    """
+    if not items:
+        return []
+    try:
+        return list(work(items))
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the one guard
+        if len(items) == 1:
+            return [_failure(error, ids[0], kind)]
+        log.debug("a batch of %d rows failed with %s; halving it", len(items), type(error).__name__)
+    half = len(items) // 2
+    return guarded(work, items[:half], ids[:half], kind) + guarded(work, items[half:], ids[half:], kind)
+
+
+def _failure(error: Exception, sample_id: str, kind: ErrorKind) -> Failure:
+    if isinstance(error, RowError):
+        return Failure(error.kind, str(error))
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else ""
+    return Failure(kind, f"sample {sample_id}: {kind.replace('_', ' ')}: {type(error).__name__}{place}")
