@@ -242,8 +242,15 @@ class ShardWriter:
         receipt = shard_receipt(result, shard, self.run_id, trace)
         metadata = dict(result.schema.metadata) | {RECEIPT_KEY: json.dumps(asdict(receipt))}
         name = shard_name(shard)
+        self._refuse_if_superseded()
         sha256 = RunFolder(self.out).write_table(name, result.replace_schema_metadata(metadata))
         return replace(receipt, sha256=sha256)
+
+    def _refuse_if_superseded(self) -> None:
+        """A worker that outlived its killed driver must not write over what the resumed run has committed."""
+        folder = RunFolder(self.out)
+        if folder.exists("plan.json") and folder.read_json("plan.json", "run_id")["run_id"] != self.run_id:
+            raise ResumeError(f"another run has taken {self.out} over from run {self.run_id}")
 
     def _with_provenance(self, table: pa.Table, trace: Trace) -> pa.Table:
         rows = table.num_rows

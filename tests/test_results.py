@@ -69,6 +69,16 @@ def test_a_shard_of_the_wrong_size_or_of_two_shards_is_refused(tmp_path: Path) -
     assert RunFolder(str(tmp_path)).committed() == {}
 
 
+def test_a_worker_that_outlived_its_run_writes_nothing(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.write_json("plan.json", {"run_id": "run-2"})
+    with pytest.raises(ResumeError, match="taken"):
+        writer(tmp_path).commit(working_table(4))
+    assert run.committed() == {}
+    run.write_json("plan.json", {"run_id": "run-1"})
+    writer(tmp_path).commit(working_table(4))
+
+
 def test_what_a_killed_commit_left_is_no_result_and_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results/.shard-000001.parquet.17.tmp").write_bytes(b"half")
