@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -172,6 +174,14 @@ def test_every_recipe_runs_offline_as_it_is(recipe: str, tmp_path: Path) -> None
     assert len(found) == 6
     detects = "detect" in recipe
     assert all((row["patch_scores"] is not None) == detects for row in found.values())
+
+
+def test_the_local_engine_needs_no_ray(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; from guardalign.cli import main; sys.exit(main(sys.argv[1:]))"
+    flags = ["--engine", "local", "--limit", "2", "--generation.max_new_tokens", "2", "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, "audit", *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "out")) == 2
 
 
 def test_rows_that_stand_twice_fail_the_run(undisturbed: Path, tmp_path: Path) -> None:
