@@ -246,7 +246,7 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         if found["flag"] and not key.startswith("--"):
             return f"{key!r} belongs to no setting; flags look like --shard_rows 20"
         name = key.removeprefix("--").split("=")[0]
-        close = _meant(name, (action.dest for action in parser._actions))
+        close = _meant(name, ["recipe", "config", *(action.dest for action in parser._actions)])
         return f"there is no setting {name!r}{close}; see guardalign audit --help"
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text.removeprefix("argument --"))
     text = re.sub(
