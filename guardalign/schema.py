@@ -47,9 +47,17 @@ ERROR: tuple[pa.Field, ...] = (
 )
 DETECTION: tuple[pa.Field, ...] = (
     _column("flagged", pa.bool_(), "image_score < threshold, strictly; null when nothing was detected (text only)"),
-    _column("image_score", pa.float32(), "the picture's lowest patch score; lower is less safe"),
+    _column(
+        "image_score",
+        pa.float32(),
+        "the picture's lowest patch score, or its one score where the detector has no patches; lower is less safe",
+    ),
     _column("unsafe_category", pa.string(), "the category nearest to the least safe patch, flagged or not"),
-    _column("category_scores", pa.map_(pa.string(), pa.float32()), "score by category; lower is nearer to it"),
+    _column(
+        "category_scores",
+        pa.map_(pa.string(), pa.float32()),
+        "ot: transport distance; clip: minus the largest cosine; lower is nearer; not on the threshold's scale",
+    ),
     _column("patch_scores", _SCORES, "one score a patch, row by row; lower is less safe; null without patches"),
     _column("patch_grid", _INTS, "[rows, columns]; null when patch_boxes says where the patches lie"),
     _column(
