@@ -127,7 +127,8 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         whole = _finish(folder, prepared, receipts, run_id, attempts, monotonic() - started)
         seconds = monotonic() - started
         where = f"{folder.out}/results/*.parquet ({len(prepared.plan.shards):,} files), {folder.out}/run.json"
-        notes = folder.read_json("run.json")["notes"]
+        told = ignored_settings(prepared.config)
+        notes = [note for note in folder.read_json("run.json")["notes"] if note not in told]
         for line in summary_lines(whole, totals(receipts), seconds, where, _next_command(folder), notes):
             say(line)
     return _verdict_on_errors(prepared.config, whole)

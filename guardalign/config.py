@@ -191,6 +191,8 @@ class ClusterConfig:
 class AuditConfig:
     """One audit."""
 
+    recipe: str = "guardalign"
+    """the packaged method that the settings begin with"""
     input: InputConfig = field(default_factory=InputConfig)
     """the data set"""
     taxonomy: str = "mlcommons"

@@ -12,7 +12,7 @@ from typing import Any
 from guardalign.config import AuditConfig, to_plain
 from guardalign.version import VERSION
 
-_HARDWARE = ("cluster", "output", "engine", "dry_run", "max_error_fraction")
+_HARDWARE = ("recipe", "cluster", "output", "engine", "dry_run", "max_error_fraction")
 _NESTED_HARDWARE = {
     "input": ("path", "image_root"),
     "clip": ("model", "pretrained", "device", "batch_size"),

@@ -103,12 +103,18 @@ def audit_parser(names: Mapping[str, str]) -> ArgumentParser:
 
 def help_text(recipe: str | None, files: Sequence[str], flags: Sequence[str]) -> str:
     """Every setting with its meaning, for the strategies that these layers choose."""
-    return audit_parser(_names(_layered(recipe, files, flags))).format_help()
+    text = audit_parser(_names(_layered(recipe, files, flags))).format_help()
+    _, _, text = text.partition("\n\n")  # the usage line, which names every flag once more
+    return re.sub(r"^ +--\w+ CONFIG +Path to a configuration file\.\n", "", text, flags=re.MULTILINE)
 
 
 def _layered(recipe: str | None, files: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
+    """The recipe (the flag's, else the last that a file names, else the default one) under the files and the flags."""
+    layers = [_yaml_file(path) for path in files]
+    named = [layer["recipe"] for layer in layers if "recipe" in layer]
+    name = recipe or (named[-1] if named else DEFAULT_RECIPE)
     merged: dict[str, Any] = {}
-    for layer in [_recipe(recipe or DEFAULT_RECIPE), *map(_yaml_file, files), _names_in_flags(flags)]:
+    for layer in [_recipe(name), *layers, _names_in_flags(flags), {"recipe": name}]:
         merged = _merge(merged, layer)
     return merged
 
@@ -255,7 +261,8 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         text,
     )
     text = re.sub(r"Expected an? ", "expected ", re.sub(r"\. Got value: ", ", got ", text))
-    return re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
+    text = re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
+    return f"{text}; a list is written '[one, two]'" if "expected list" in text or "list[" in text else text
 
 
 def _meant(word: str, known: Iterable[str]) -> str:

@@ -44,8 +44,10 @@ def show(out: str, sample_id: str) -> list[str]:
     except (RowError, UserError) as error:
         return [*lines, f"picture              {_printable(str(error))}"]
     name = f"shown/{hashlib.sha256(sample_id.encode()).hexdigest()[:16]}.png"
-    folder.write(name, encode_png(panels(picture, row, manifest["config"]["sanitizer"])))
-    return [*lines, f"picture              {folder.out}/{name} ({origin}: as it is, heat map, mask)"]
+    sheets = panels(picture, row, manifest["config"]["sanitizer"])
+    folder.write(name, encode_png(sheets))
+    shown = ("as it is", "as it is, heat map", "as it is, heat map, mask")[sheets.width // picture.width - 1]
+    return [*lines, f"picture              {folder.out}/{name} ({origin}: {shown})"]
 
 
 def _find(folder: RunFolder, sample_id: str) -> dict[str, Any]:

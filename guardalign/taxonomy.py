@@ -81,7 +81,7 @@ def _read(path: str) -> str:
 
 
 def _taxonomy(content: object, where: str) -> Taxonomy:
-    fields = _fields(content, where, required=("name", "sources", "categories"), optional=("benign_anchors",))
+    fields = _fields(content, where, required=("name", "categories"), optional=("benign_anchors", "sources"))
     entries = fields["categories"]
     require(isinstance(entries, list) and bool(entries), f"{where}: categories must be a list of at least one category")
     categories = tuple(_category(entry, f"{where}: categories[{at}]") for at, entry in enumerate(entries))
@@ -94,7 +94,7 @@ def _taxonomy(content: object, where: str) -> Taxonomy:
         name=_line(fields["name"], f"{where}: name"),
         categories=categories,
         benign_anchors=anchors,
-        sources=_texts(fields["sources"], f"{where}: sources"),
+        sources=_texts(fields.get("sources") or [], f"{where}: sources"),
     )
 
 
@@ -109,8 +109,8 @@ def _fields(content: object, where: str, required: Sequence[str], optional: Sequ
     """The mapping, once it has all the `required` keys and no unknown ones."""
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must be a mapping with the keys {', '.join(required)}")
-    missing = next((key for key in required if key not in content), None)
-    require(missing is None, f"{where} lacks the key {missing}")
+    missing = [key for key in required if key not in content]
+    require(not missing, f"{where} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
     unknown = next((key for key in content if key not in (*required, *optional)), None)
     require(unknown is None, f"{where} has the unknown key {unknown!r}; known are {', '.join((*required, *optional))}")
     return content

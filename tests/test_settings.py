@@ -118,8 +118,20 @@ def test_no_recipe_has_a_setting_without_effect(recipe: str) -> None:
 
 def test_printed_settings_read_back_as_themselves(tmp_path: Path) -> None:
     config = load_settings("guardalign", [], ["--shard_rows", "33", "--defense.gamma", "0.25"])
-    again = load_settings("none", [written(tmp_path, "a.yaml", as_yaml(config))], [])
+    again = load_settings(None, [written(tmp_path, "a.yaml", as_yaml(config))], [])
     assert again == config
+
+
+def test_a_file_may_name_the_recipe_and_the_flag_wins(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.yaml", "recipe: prefix\n")
+    by_file, by_flag = load_settings(None, [path], []), load_settings("none", [path], [])
+    assert (by_file.recipe, by_file.defense.name) == ("prefix", "prefix")
+    assert (by_flag.recipe, by_flag.defense.name) == ("none", "none")
+
+
+def test_a_list_flag_says_how_lists_are_written() -> None:
+    assert "'[one, two]'" in message("--input.passthrough", "weight")
+    assert load_settings(None, [], ["--input.passthrough", "[weight]"]).input.passthrough == ["weight"]
 
 
 def test_help_tells_every_setting_and_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
