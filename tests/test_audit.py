@@ -177,10 +177,11 @@ def test_every_recipe_runs_offline_as_it_is(recipe: str, tmp_path: Path) -> None
 
 
 def test_the_local_engine_needs_no_ray(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['ray'] = None; from guardalign.cli import main; sys.exit(main(sys.argv[1:]))"
+    begin = "import os, sys; sys.modules['ray'] = None; from guardalign.cli import main; "
+    code = begin + "code = main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"  # not a test of interpreter teardown
     flags = ["--engine", "local", "--limit", "2", "--generation.max_new_tokens", "2", "--output", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, "audit", *flags], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     assert len(rows(tmp_path / "out")) == 2
 
 
