@@ -119,7 +119,7 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         started = monotonic()
         schema = result_schema(prepared.plan.passthrough_fields)
         writer = ShardWriter(_absolute(folder), schema, run_id, attempts)
-        receipts, interrupted = _work(prepared, left, writer, folder)
+        receipts, interrupted = _work(prepared, left, writer)
         if interrupted:
             say(f"interrupted: {len(folder.committed()):,} of {len(prepared.plan.shards):,} shards are committed")
             say(f"to resume, type the same line again: {typed_line()}")
@@ -183,9 +183,7 @@ def _record_start(folder: RunFolder, prepared: Prepared, attempts: int, run_id: 
     folder.write_json("plan.json", record | {"num_rows": prepared.plan.num_rows})
 
 
-def _work(
-    prepared: Prepared, left: Sequence[Shard], writer: ShardWriter, folder: RunFolder
-) -> tuple[list[Receipt], bool]:
+def _work(prepared: Prepared, left: Sequence[Shard], writer: ShardWriter) -> tuple[list[Receipt], bool]:
     """Runs the shards that are left; tells what was committed and whether somebody interrupted."""
     config = prepared.config
     done_rows = prepared.plan.num_rows - sum(shard.num_rows for shard in left)

@@ -23,7 +23,9 @@ class Failure:
     """Why a row was given up."""
 
     kind: ErrorKind
+    """for the column `error_kind`"""
     message: str
+    """one sentence that names the sample and none of its content"""
 
 
 def guarded(

@@ -40,6 +40,7 @@ def ahead(batches: Sequence[list[int]], work: Callable[[int], B]) -> Iterator[li
 
 
 def chunks(items: Sequence[A], size: int) -> list[list[A]]:
+    """The items in runs of `size`; the last may be short."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
@@ -63,6 +64,7 @@ def by_row(table: pa.Table, results: Mapping[int, Any]) -> list[Any]:
 
 
 def give_up(table: pa.Table, stage: str, failures: Mapping[int, Failure]) -> pa.Table:
+    """The table with the error cells of these rows filled in."""
     if not failures:
         return table
     cells = {name: table[name].to_pylist() for name in ("error", "error_stage", "error_kind")}
@@ -89,6 +91,7 @@ def closed(
 
 
 def size_of(decoded: Decoded) -> Size:
+    """The facts of a picture that its row keeps."""
     return decoded.width, decoded.height, decoded.num_frames
 
 
@@ -114,6 +117,7 @@ class Counted:
         self.untold: tuple[str, ...] = tuple(getattr(model, "notes", ()))
 
     def since_last(self) -> tuple[dict[str, int], tuple[str, ...]]:
+        """Loads and forward calls since the last call, and the model's notes, told once."""
         now = {name: int(getattr(self.model, name)) for name in self.before}
         change = {f"{self.prefix}_{name.removeprefix('num_')}": now[name] - self.before[name] for name in now}
         notes, self.untold, self.before = self.untold, (), now
