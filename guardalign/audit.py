@@ -21,11 +21,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from guardalign.config import EMBEDDED, AuditConfig, ignored_settings, to_plain
+from guardalign.config import AuditConfig, ignored_settings, to_plain
 from guardalign.errors import InputError, ResumeError, RunFailedError
-from guardalign.fingerprint import changed_files, differences, science
+from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science
 from guardalign.judges import JUDGES
-from guardalign.micro import UNTRAINED, resolve_clip, resolve_input, resolve_lvlm
+from guardalign.micro import NOTICE, is_embedded, resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, PROBLEM, steps
@@ -61,7 +61,7 @@ class Prepared:
 
 def prepare(config: AuditConfig) -> Prepared:
     """Plans the input and seals what the rows depend on; raises a `UserError` where something is missing."""
-    taxonomy = load_taxonomy(config.taxonomy)
+    taxonomy = load_taxonomy(resolve_taxonomy(config))
     source = make_source(resolve_input(config.input), reserved=(*RESULT_NAMES, *HIDDEN, PROBLEM))
     plan = source.plan(config.shard_rows, config.limit)
     detects = config.detector.name != NONE
@@ -71,21 +71,18 @@ def prepare(config: AuditConfig) -> Prepared:
         config = replace(config, lvlm=replace(config.lvlm, revision=lvlm_weights[COMMIT]))
     judge = "" if config.judge.name == NONE else JUDGES[config.judge.name](**config.judge.options).fingerprint
     sealed = science(config, clip_weights, lvlm_weights, taxonomy.fingerprint if detects else "", judge)
+    refuse_foreign_calibration(config.calibration, sealed)
     return Prepared(config, source, plan, taxonomy, sealed)
 
 
 def audit(config: AuditConfig, say: Say = print) -> int:
     """Runs the audit; returns the exit code: 0, or 130 after an interruption. Failures are `UserError`s."""
-    untrained = EMBEDDED in (config.lvlm.model, config.clip.model if config.detector.name != NONE else "")
-    if untrained:
-        say(UNTRAINED)
+    if is_embedded(config):
+        say(NOTICE)
     for sentence in ignored_settings(config):
         say(f"warning   {sentence}")
     prepared = prepare(config)
-    code = _dry_run(prepared, say) if config.dry_run else _audit_into_folder(prepared, say)
-    if untrained:
-        say(UNTRAINED)
-    return code
+    return _dry_run(prepared, say) if config.dry_run else _audit_into_folder(prepared, say)
 
 
 def _dry_run(prepared: Prepared, say: Say) -> int:

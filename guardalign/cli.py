@@ -1,4 +1,4 @@
-"""The console command: `guardalign audit | rescore | show`. Parses, dispatches, and turns errors into one line.
+"""The console command: `guardalign audit | calibrate | rescore | show`. Parses, dispatches, makes errors one line.
 
 Exit codes: 0 done; 1 the run ended, but not as promised; 2 something that the user can mend; 130 interrupted.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run ended, but not as promised; 2 something that the u
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import re
@@ -14,13 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from guardalign.errors import ConfigError, RunFailedError, UserError, harmless
+from guardalign.errors import ConfigError, RunFailedError, UserError, harmless, require
 from guardalign.version import VERSION
 
 USAGE = """usage: guardalign COMMAND ...
 
 commands:
   audit     audit a data set: detect, blank, answer, judge; one Parquet row an input   (guardalign audit --help)
+  calibrate find the threshold that flags few benign pictures; a file for --config    (guardalign calibrate --help)
   rescore   write the flags and masks of another threshold beside a finished run       (guardalign rescore --help)
   show      print one row and write its picture with heat map and mask                 (guardalign show --help)
 
@@ -140,6 +142,59 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _calibrate(words: Sequence[str]) -> int:
+    from guardalign import settings
+    from guardalign.calibrate import calibrate, calibrate_run
+    from guardalign.models import hide_progress_bars
+    from guardalign.thresholds import Target
+
+    given, flags = _calibrate_parser().parse_known_args(list(words))
+    asked = {field.name: getattr(given, field.name) for field in dataclasses.fields(Target)}
+    if given.run is not None:
+        spare = [*flags, *(["--recipe"] if given.recipe else []), *(["--config"] if given.config else [])]
+        require(not spare, f"--from takes the run's own settings; leave out {' '.join(spare)}")
+        return calibrate_run(given.run, Target(**asked), _say)
+    config = settings.load_settings(given.recipe, given.config, flags)
+    clustered = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if not clustered and not settings.is_stated("engine", given.config, flags):
+        config = dataclasses.replace(config, engine="local")
+    hide_progress_bars()
+    signal.signal(signal.SIGTERM, _interrupt)
+    return calibrate(config, Target(**asked), _say)
+
+
+def _calibrate_parser() -> _Parser:
+    """Its own flags; all others are settings of an audit."""
+    parser = _Parser(
+        prog="guardalign calibrate",
+        usage="%(prog)s [--from OUT] [--false_alarm_rate A] [--confidence C] [--output FILE] [--dotted.flag VALUE]...",
+        allow_abbrev=False,
+        description="Scores benign pictures and writes the threshold below which few of their kind lie, as a file that "
+        "guardalign audit --config takes and checks; figures go beside it as JSON.",
+        epilog="All settings of guardalign audit are taken, too: the input, the detector, its model, the taxonomy. The "
+        "engine is local unless a cluster or --engine is named.",
+    )
+    add = parser.add_argument
+    add("--recipe", help="the method that the settings begin with (default: guardalign)")
+    add("--config", action="append", default=[], help="YAML with settings; may be given several times")
+    add("--from", dest="run", metavar="OUT", help="take the scores of a finished run; no model is needed")
+    add("--output", default="thresholds.yaml", help="the file to write (default: %(default)s)")
+    add("--false_alarm_rate", type=float, default=0.05, help="share of benign pictures flagged (default: %(default)s)")
+    add("--confidence", type=float, help="keep that rate in this share of draws; without it: on average over draws")
+    add("--unsafe_label", help="rows with this label are unsafe: calibrate on the others, report ROC and AUROC")
+    add("--gammas", type=_numbers, default=(), help="with labels: answer under each gamma, such as 0,0.5,1,2")
+    return parser
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas between them, such as 0,0.5,1; got {text}"
+        ) from None
+
+
 def _rescore(words: Sequence[str]) -> int:
     from guardalign.rescore import rescore
 
@@ -171,7 +226,12 @@ def _show(words: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"audit": _audit, "rescore": _rescore, "show": _show}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "audit": _audit,
+    "calibrate": _calibrate,
+    "rescore": _rescore,
+    "show": _show,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

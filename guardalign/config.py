@@ -19,6 +19,8 @@ from guardalign.errors import require
 
 EMBEDDED = "embedded"
 """Stands for the models and the sample that ship with the package."""
+CONTRASTIVE = "embedded-contrastive"
+"""Stands for the second CLIP that ships with the package: it never learnt what its patches show."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class ClipConfig:
     """The CLIP model that embeds patches and concepts."""
 
     model: str = EMBEDDED
-    """open_clip architecture (ViT-B-16), hf-hub:NAME, local-dir:FOLDER, or `embedded`"""
+    """open_clip architecture (ViT-B-16), hf-hub:NAME, local-dir:FOLDER, `embedded`, or `embedded-contrastive`"""
     pretrained: str | None = None
     """open_clip pretrained tag, or a local safetensors file; None for hf-hub:, local-dir: and embedded"""
     dtype: Dtype = "float32"
@@ -188,6 +190,26 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """How a threshold was found; written by `guardalign calibrate`, checked by every audit that uses it."""
+
+    threshold: float
+    """the threshold that it speaks of"""
+    num_images: int
+    """benign pictures it rests on"""
+    false_alarm_rate: float
+    """the target: share of benign pictures that may be flagged, in (0, 1)"""
+    confidence: float | None
+    """share of draws of the pictures in which the target is kept; None: it is kept on average over draws"""
+    method: str
+    """split-conformal"""
+    guardalign: str
+    """version of the package that computed the scores"""
+    scores_fingerprint: dict[str, Any]
+    """what the scores depend on: the detector's model and taxonomy by hash, and its settings but the threshold"""
+
+
+@dataclass(frozen=True)
 class AuditConfig:
     """One audit."""
 
@@ -195,12 +217,15 @@ class AuditConfig:
     """the packaged method that the settings begin with"""
     input: InputConfig = field(default_factory=InputConfig)
     """the data set"""
-    taxonomy: str = "mlcommons"
-    """unsafe categories, text variants and benign anchors: the packaged list, or a YAML file of the same form"""
+    taxonomy: str = "auto"
+    """unsafe categories, text variants and benign anchors: `mlcommons`, `micro`, or a YAML file of the same form; auto
+    takes micro for an embedded clip.model and mlcommons for every other"""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """the detector's model"""
     detector: Choice = field(default_factory=lambda: Choice("ot"))
     """finds unsafe patches"""
+    calibration: CalibrationRecord | None = None
+    """how the detector's threshold was found; stands in the files that `guardalign calibrate` writes"""
     sanitizer: Choice = field(default_factory=lambda: Choice("mask"))
     """blanks them"""
     lvlm: LvlmConfig = field(default_factory=LvlmConfig)

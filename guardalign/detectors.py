@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from guardalign.core.images import Decoded
+from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.patches import Fit
 from guardalign.core.transport import (
     PATCH_SCORES,
@@ -44,6 +45,7 @@ SCALES: dict[str, tuple[float, float]] = {
     "mean_cost": (0.0, 2.0),
     "printed": (0.0, math.inf),
     "safe_probability": (0.0, 1.0),
+    "joint": (0.0, 1.0),
     "similarity": (-1.0, 0.0),
 }
 """Thresholds that can tell pictures apart, by score: above the first number, up to the second (a picture whose cosine
@@ -98,9 +100,10 @@ class Concepts:
 class OtDetector:
     """Optimal transport between the picture's patches and each category's texts (GuardAlign, sec. 3.2)."""
 
-    score: Literal["margin", "min_cost", "mean_cost", "printed"] = "margin"
+    score: Literal["margin", "min_cost", "mean_cost", "printed", "safe_probability", "joint"] = "margin"
     """a patch's score from its transport costs: least unsafe minus least benign-anchor cost, in [-2, 2]; least or mean
-    unsafe cost, in [0, 2]; or GuardAlign's eq. 9 as printed"""
+    unsafe cost, in [0, 2]; or GuardAlign's eq. 9 as printed. Or from all texts at once: 1 - p(unsafe), a softmax over
+    mean texts and benign anchors without transport; or the same under one joint plan, both in [0, 1]"""
     threshold: float = 0.0
     """patches that score below it are unsafe, and the picture is flagged; in the units of the score"""
     entropy_sign: EntropySign = "negative"
@@ -123,10 +126,15 @@ class OtDetector:
     """most Sinkhorn iterations of a plan"""
     tolerance: float = 0.01
     """a plan is done when the L1 error of its patch marginal is below this, in (0, 1); fp32 reaches about 1e-6"""
+    softmax_temperature: float = 1.0
+    """divides the model's logit scale, above 0; score=safe_probability and joint only"""
+    marginal_strength: float = 0.2
+    """how strongly the joint plan wants equal mass for every text, in [0, 1); at 0 it is safe_probability; score=joint
+    only"""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.threshold), f"detector.threshold must be a finite number, not {self.threshold}")
-        for name in ("epsilon", "patch_temperature", "text_temperature"):
+        for name in ("epsilon", "patch_temperature", "text_temperature", "softmax_temperature"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"detector.{name} must be above 0, not {value}")
         for name in ("grid_rows", "grid_columns"):
@@ -134,6 +142,10 @@ class OtDetector:
             _require_default(self, name, self.patches == "grid", f"patches={self.patches} has no grid of crops")
         require(self.max_iterations > 0, f"detector.max_iterations must be positive, not {self.max_iterations}")
         require(0 < self.tolerance < 1, f"detector.tolerance must lie in (0, 1), not {self.tolerance}")
+        strength = self.marginal_strength
+        require(0 <= strength < 1, f"detector.marginal_strength must lie in [0, 1), not {strength}")
+        _require_default(self, "softmax_temperature", self.score in SHARE_SCORES, f"score={self.score} has no softmax")
+        _require_default(self, "marginal_strength", self.score == "joint", f"score={self.score} has no joint plan")
         tiles = self.fit == "tiles" and self.patches == "grid"
         require(not tiles, "detector.fit=tiles has no effect on patches=grid, whose crops are cut anyway; use pad")
         _warn_off_scale(self.score, self.threshold)
@@ -141,8 +153,8 @@ class OtDetector:
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ModelError or ConfigError when the model or the taxonomy cannot do what the settings ask for."""
         encoder.require_patches(self.patches)
-        if self.score == "margin":
-            _require_anchors(taxonomy, "margin")
+        if self.score == "margin" or self.score in SHARE_SCORES:
+            _require_anchors(taxonomy, self.score)
 
     def at_least(self, encoder: PatchEncoder) -> int | None:
         """The model's input side, for each row or column of crops; tiles want every pixel."""
@@ -185,8 +197,7 @@ class OtDetector:
         b_BKV = text_weights(g_BD, z_KVD, zbar_KD, s, self.text_temperature, concepts.mask)
         cost_BKVP = transport_cost(x_BPD, z_KVD)
         solved = transport(cost_BKVP, a_BP, b_BKV, self.epsilon, self.max_iterations, self.tolerance)
-        anchor_cost_BAP = single_variant_cost(x_BPD, concepts.anchors)
-        score_BP = PATCH_SCORES[self.score](solved.conditional_cost, a_BP, anchor_cost_BAP)
+        score_BP = self._scores(x_BPD, a_BP, solved.conditional_cost, concepts, s)
         nearest_BP = solved.conditional_cost.argmin(1)
         return [
             self._detection(
@@ -200,6 +211,14 @@ class OtDetector:
             )
             for row, view in enumerate(views)
         ]
+
+    def _scores(self, x_BPD: Tensor, a_BP: Tensor, cost_BKP: Tensor, concepts: Concepts, logit_scale: float) -> Tensor:
+        """The patches' scores [B, P], from each category's own plan or from all texts at once."""
+        if self.score in PATCH_SCORES:
+            return PATCH_SCORES[self.score](cost_BKP, a_BP, single_variant_cost(x_BPD, concepts.anchors))
+        texts_ND = torch.cat([concepts.means, concepts.anchors])
+        logits_BPN = logit_scale / self.softmax_temperature * x_BPD @ texts_ND.T
+        return SHARE_SCORES[self.score](logits_BPN, len(concepts.means), a_BP, self.marginal_strength)
 
     def _detection(
         self,

@@ -6,13 +6,18 @@ work runs is not, nor are paths, which differ between machines. Knows nothing of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from guardalign.config import AuditConfig, to_plain
+from guardalign.config import AuditConfig, CalibrationRecord, to_plain
+from guardalign.errors import ConfigError
+from guardalign.models.provenance import seal
 from guardalign.version import VERSION
 
-_HARDWARE = ("recipe", "cluster", "output", "engine", "dry_run", "max_error_fraction")
+log = logging.getLogger(__name__)
+
+_HARDWARE = ("recipe", "calibration", "cluster", "output", "engine", "dry_run", "max_error_fraction")
 _NESTED_HARDWARE = {
     "input": ("path", "image_root"),
     "clip": ("model", "pretrained", "device", "batch_size"),
@@ -36,6 +41,32 @@ def science(
         plain["judge"]["fingerprint"] = judge
     plain["clip"]["weights"], plain["lvlm"]["weights"] = dict(clip_weights), dict(lvlm_weights)
     return plain | {"taxonomy": taxonomy, "guardalign": VERSION}
+
+
+def scores_fingerprint(sealed: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's science that its scores depend on; neither the threshold nor the input is in it."""
+    detector = {key: value for key, value in sealed["detector"].items() if key != "threshold"}
+    return {"model": seal(sealed["clip"]), "taxonomy": sealed["taxonomy"], "detector": detector}
+
+
+def refuse_foreign_calibration(record: CalibrationRecord | None, sealed: Mapping[str, Any]) -> None:
+    """`ConfigError` where a threshold was calibrated on other scores than the run's, or is not the one in use."""
+    if record is None:
+        return
+    calibrated = {**record.scores_fingerprint, "detector.threshold": record.threshold}
+    now = scores_fingerprint(sealed) | {"detector.threshold": sealed["detector"].get("threshold")}
+    changes = differences(calibrated, now)
+    if changes:
+        raise ConfigError(
+            f"the threshold was calibrated for another detector: {'; '.join(changes[:3])}; run guardalign calibrate "
+            "with these settings, or leave the threshold file out"
+        )
+    if record.guardalign != VERSION:
+        log.warning(
+            "the threshold was calibrated by guardalign %s, this is %s: if scores changed, so did its false-alarm rate",
+            record.guardalign,
+            VERSION,
+        )
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

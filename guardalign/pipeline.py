@@ -85,12 +85,23 @@ def read_shard(source: Source, shard: Shard) -> pa.Table:
     return admit(with_columns(table, {"shard": [shard.index] * rows, PLANNED: [rows] * rows}))
 
 
+def scoring_steps(config: AuditConfig, taxonomy: Taxonomy) -> list[Step]:
+    """The audit's first step alone, which ends in the detector's scores; the LVLM is not loaded."""
+    assert config.detector.name != NONE, "without a detector there are no scores"
+    return steps(config, taxonomy)[:1]
+
+
 def run_locally(
-    config: AuditConfig, taxonomy: Taxonomy, source: Source, shards: Sequence[Shard], writer: ShardWriter
+    config: AuditConfig,
+    taxonomy: Taxonomy,
+    source: Source,
+    shards: Sequence[Shard],
+    writer: ShardWriter,
+    listed: Sequence[Step] | None = None,
 ) -> Iterator[Receipt]:
-    """The engine without Ray: every shard through every stage, one after the other."""
+    """The engine without Ray: every shard through every stage (or the listed ones), one after the other."""
     _use_threads(config.cluster.threads)
-    stages = [step.make() for step in steps(config, taxonomy)]
+    stages = [step.make() for step in (steps(config, taxonomy) if listed is None else listed)]
     for shard in shards:
         table = read_shard(source, shard)
         for stage in stages:
@@ -147,14 +158,20 @@ def _receipt(batch: pa.Table) -> Receipt:
 
 
 def run_on_ray(
-    config: AuditConfig, taxonomy: Taxonomy, source: Source, shards: Sequence[Shard], writer: ShardWriter
+    config: AuditConfig,
+    taxonomy: Taxonomy,
+    source: Source,
+    shards: Sequence[Shard],
+    writer: ShardWriter,
+    listed: Sequence[Step] | None = None,
 ) -> Iterator[Receipt]:
-    """The engine on Ray Data: tasks read, a first actor pool detects, a second answers, judges and writes."""
+    """The engine on Ray Data: tasks read, a first actor pool detects, a second answers and judges; the last writes."""
     import ray
 
     _join_cluster(config)
     _keep_shards_whole()
-    listed = steps(config, taxonomy)
+    listed = steps(config, taxonomy) if listed is None else listed
+    last = listed[-1].pool
     rows = [{"shard": pickle.dumps(shard)} for shard in shards]
     readers = 2 * max(config.cluster.detect_actors, config.cluster.generate_actors)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -167,7 +184,7 @@ def run_on_ray(
     for pool in ("detect", "generate"):
         members = [step for step in listed if step.pool == pool]
         if members:
-            dataset = _through_pool(dataset, config, pool, members, writer if pool == "generate" else None)
+            dataset = _through_pool(dataset, config, pool, members, writer if pool == last else None)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield _receipt(batch)
 

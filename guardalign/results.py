@@ -36,6 +36,10 @@ RECEIPT_KEY = "guardalign.receipt"
 _SHARD_FILE = re.compile(r"shard-(\d{6}|[1-9]\d{6,})\.parquet")
 
 
+MOST_LABELS = 8
+"""Labels that are counted one by one."""
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What one committed shard holds; it stands in the shard file's footer and flows back to the driver."""
@@ -58,6 +62,8 @@ class Receipt:
     """rows with a picture"""
     num_tokens: int = 0
     """decoded tokens"""
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)
+    """by the data set's label: rows detected, flagged, judged, refused"""
     counters: dict[str, int] = field(default_factory=dict)
     """model loads and forward calls"""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -89,11 +95,29 @@ def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Re
         refused=sum(value is True for value in refused),
         num_images=result.num_rows - result["image_sha256"].null_count,
         num_tokens=sum(value or 0 for value in result["num_tokens"].to_pylist()),
+        labels=_by_label(result["label"].to_pylist(), flagged, refused),
         counters=dict(trace.counters),
         seconds=dict(trace.seconds),
         notes=list(trace.notes),
         run_id=run_id,
     )
+
+
+def _by_label(
+    labels: Sequence[str | None], flagged: Sequence[bool | None], refused: Sequence[bool | None]
+) -> dict[str, dict[str, int]]:
+    """Counts for each of the shard's labels; a shard of more than `MOST_LABELS` has ids for labels: none is kept."""
+    names = sorted({label for label in labels if label is not None})
+    if len(names) > MOST_LABELS:
+        return {}
+    counts: dict[str, dict[str, int]] = {name: Counter() for name in names}
+    for label, flag, refusal in zip(labels, flagged, refused, strict=True):
+        if label is not None:
+            counts[label]["detected"] += flag is not None
+            counts[label]["flagged"] += flag is True
+            counts[label]["judged"] += refusal is not None
+            counts[label]["refused"] += refusal is True
+    return {name: dict(count) for name, count in counts.items()}
 
 
 def shard_name(shard: int) -> str:

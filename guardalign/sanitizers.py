@@ -33,8 +33,9 @@ class Sanitizer(Protocol):
 class Mask:
     """Blanks the boxes with one colour."""
 
-    fill: Literal["zero", "mean"] = "zero"
-    """colour of the blanked pixels: zero is black, mean is the picture's own mean colour"""
+    fill: Literal["zero", "mean"] = "mean"
+    """colour of the blanked pixels: zero is black, mean is the picture's own mean colour (on the micro world a black
+    box is itself taken for an object, and masks of the mean colour protect far better)"""
 
     def __post_init__(self) -> None:
         require(self.fill in ("zero", "mean"), f"sanitizer.fill must be zero or mean, not {self.fill!r}")

@@ -56,7 +56,11 @@ def load_settings(recipe: str | None, files: Sequence[str], flags: Sequence[str]
     merged = _layered(recipe, files, flags)
     _refuse_scalars(merged)
     parser = audit_parser(_names(merged))
-    empty = [key for key, value in merged.items() if value is None and key not in ("limit", "max_error_fraction")]
+    empty = [
+        key
+        for key, value in merged.items()
+        if value is None and key not in ("limit", "max_error_fraction", "calibration")
+    ]
     if empty:
         raise ConfigError(f"{empty[0]} is empty in the config file; give it a value or leave it out")
     try:
@@ -64,6 +68,12 @@ def load_settings(recipe: str | None, files: Sequence[str], flags: Sequence[str]
     except ArgumentError as error:
         raise ConfigError(one_line(error.message, parser)) from None
     return _config(parsed)
+
+
+def is_stated(name: str, files: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether a file or a flag says something of this setting, which belongs to no group."""
+    by_flag = any(flag.partition("=")[0] == f"--{name}" for flag in flags)
+    return by_flag or any(name in _yaml_file(path) for path in files)
 
 
 def _refuse_groups(flags: Sequence[str]) -> None:
@@ -211,17 +221,18 @@ def _choice(section: str, plain: Mapping[str, Any]) -> Choice:
 def _built(kind: type, plain: Mapping[str, Any], where: str = "") -> Any:
     """A dataclass from nested dicts."""
     hints = typing.get_type_hints(kind)
+    sections = {name: _section(hints[name]) for name, value in plain.items() if isinstance(value, Mapping)}
     values = {
-        name: _built(hints[name], value, f"{name}.")
-        if _is_section(hints[name]) and isinstance(value, Mapping)
-        else value
+        name: _built(section, value, f"{name}.") if (section := sections.get(name)) else value
         for name, value in plain.items()
     }
     return _checked(kind, values, where)
 
 
-def _is_section(hint: Any) -> bool:
-    return not isinstance(hint, types.UnionType) and dataclasses.is_dataclass(hint)
+def _section(hint: Any) -> type | None:
+    """The dataclass that a setting holds, also where it may be None instead."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def _checked(kind: type, values: Mapping[str, Any], where: str = "") -> Any:

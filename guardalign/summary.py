@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from guardalign.core.statistics import wilson_interval
-from guardalign.results import Receipt
+from guardalign.results import MOST_LABELS, Receipt
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Totals:
     """decoded tokens"""
     errors: dict[str, int] = field(default_factory=dict)
     """error rows by kind"""
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)
+    """by the data set's label: rows detected, flagged, judged, refused; empty where there are none or too many"""
     counters: dict[str, int] = field(default_factory=dict)
     """model loads and forward calls"""
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -52,6 +54,7 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
     errors: Counter[str] = Counter()
     counters: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
+    labels: dict[str, Counter[str]] = {}
     for receipt in receipts:
         numbers.update(
             rows=receipt.num_rows,
@@ -62,10 +65,19 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
             refused=receipt.refused,
             tokens=receipt.num_tokens,
         )
+        for label, counts in receipt.labels.items():
+            labels.setdefault(label, Counter()).update(counts)
         errors.update(receipt.errors)
         counters.update(receipt.counters)
         seconds.update(receipt.seconds)
-    return Totals(**numbers, errors=dict(sorted(errors.items())), counters=dict(counters), stage_seconds=dict(seconds))
+    few = {label: dict(counts) for label, counts in sorted(labels.items())} if len(labels) <= MOST_LABELS else {}
+    return Totals(
+        **numbers,
+        errors=dict(sorted(errors.items())),
+        labels=few,
+        counters=dict(counters),
+        stage_seconds=dict(seconds),
+    )
 
 
 def summary_lines(
@@ -78,12 +90,20 @@ def summary_lines(
         f"rows      {whole.rows:,}: {whole.answered:,} answered, {whole.num_errors:,} errors",
         f"flagged   {rate(whole.flagged, whole.detected)}",
         f"refused   {rate(whole.refused, whole.judged)}",
+        *_label_lines(whole.labels),
         f"errors    {kinds}",
         f"speed     {this_run.rows:,} rows in {seconds:.1f} s: {speed} (model loading included)",
         *(f"note      {note}" for note in notes),
         f"results   {where}",
         f"next      {next_command}",
     ]
+
+
+def _label_lines(labels: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Flags and refusals against what the data set itself says of its rows; one label tells nothing apart."""
+    for label, counts in labels.items() if len(labels) > 1 else ():
+        yield f"  label {label}: flagged {rate(counts['flagged'], counts['detected'])}"
+        yield f"  label {label}: refused {rate(counts['refused'], counts['judged'])}"
 
 
 def rate(successes: int, trials: int) -> str:

@@ -1,8 +1,8 @@
 """The concepts that patches are compared with: unsafe categories, their text variants, and benign anchors.
 
 A taxonomy is a YAML file of four keys: `name`, `sources` (where the list comes from), `categories` (each with `name`,
-`title` and `texts`) and `benign_anchors` (may be left out; the `margin` score needs them). The packaged one,
-`mlcommons`, shows the form.
+`title` and `texts`) and `benign_anchors` (may be left out; the `margin` score needs them). The packaged ones,
+`mlcommons` for real pictures and `micro` for the micro world's, show the form.
 
 Knows nothing of embeddings or scores.
 """
@@ -20,7 +20,7 @@ import yaml
 from guardalign.errors import ConfigError, require
 from guardalign.models.provenance import seal
 
-PACKAGED: Final = ("mlcommons",)
+PACKAGED: Final = ("mlcommons", "micro")
 """Names of the taxonomies that ship with the package."""
 
 

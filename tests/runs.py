@@ -17,11 +17,18 @@ from guardalign.cli import main
 from guardalign.schema import VOLATILE
 
 QUICK = ("--generation.max_new_tokens", "4", "--engine", "local")
+NUM_ROWS = 64
+"""rows of the embedded sample that a test runs through, unless it says otherwise"""
 
 
 def run(*flags: object, quick: bool = True) -> int:
     """The exit code of `guardalign audit` with these flags."""
-    return main(["audit", *(QUICK if quick else ()), *map(str, flags)])
+    return main(["audit", *(QUICK if quick else ()), *_limit(flags), *map(str, flags)])
+
+
+def _limit(flags: tuple[object, ...]) -> tuple[str, ...]:
+    own_input = {"--limit", "--input.path", "--config"} & {str(flag) for flag in flags}
+    return () if own_input else ("--limit", str(NUM_ROWS))
 
 
 def table(out: Path) -> pa.Table:
@@ -44,7 +51,7 @@ def committed(out: Path) -> int:
 
 def start(*flags: object) -> subprocess.Popen[bytes]:
     """An audit in a process group of its own."""
-    command = [sys.executable, "-m", "guardalign.cli", "audit", *map(str, flags)]
+    command = [sys.executable, "-m", "guardalign.cli", "audit", *_limit(flags), *map(str, flags)]
     return subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ)
     )

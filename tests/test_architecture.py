@@ -15,7 +15,20 @@ FLOORS = (
     ("models",),
     ("taxonomy", "detectors", "sanitizers", "judges", "sources", "defenses"),
     ("stages", "guard", "working", "results", "fingerprint"),
-    ("pipeline", "micro", "settings", "progress", "summary", "rescore", "show", "audit", "cli", "bench"),
+    (
+        "pipeline",
+        "micro",
+        "settings",
+        "progress",
+        "summary",
+        "rescore",
+        "show",
+        "audit",
+        "thresholds",
+        "calibrate",
+        "cli",
+        "bench",
+    ),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from runs import committed, kill_when, rows, run, start, table
+from runs import NUM_ROWS, committed, kill_when, rows, run, start, table
 
 from guardalign.audit import refuse_double_rows
 from guardalign.cli import main
 from guardalign.errors import RunFailedError
-from guardalign.micro import UNTRAINED
+from guardalign.micro import NOTICE
 from guardalign.results import RunFolder
+from guardalign.summary import rate
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def pictures(folder: Path, good: int, bad: int) -> Path:
 def test_every_input_has_one_complete_row(undisturbed: Path) -> None:
     found = rows(undisturbed)
     sample = pq.read_table(Path(__file__).parents[1] / "guardalign/micro/sample.parquet")
-    assert list(found) == sample["sample_id"].to_pylist()
+    assert list(found) == sample["sample_id"].to_pylist()[:NUM_ROWS]
     for row in found.values():
         assert row["error"] is None
         assert row["stop_reason"] in ("end", "length")
@@ -66,7 +67,7 @@ def test_every_input_has_one_complete_row(undisturbed: Path) -> None:
 
 def test_run_json_tells_the_whole_run(undisturbed: Path) -> None:
     manifest = json.loads((undisturbed / "run.json").read_text())
-    assert manifest["totals"]["rows"] == 64
+    assert manifest["totals"]["rows"] == NUM_ROWS
     assert manifest["counters"]["clip_loads"] == manifest["counters"]["lvlm_loads"] == 1
     assert manifest["counters"]["lvlm_forward_calls"] > 8
     run_folder = RunFolder(str(undisturbed))
@@ -76,10 +77,22 @@ def test_run_json_tells_the_whole_run(undisturbed: Path) -> None:
     assert manifest["fingerprint"]["clip"]["weights"]
 
 
-def test_the_untrained_default_says_so_first_and_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_models_say_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--recipe", "none", "--limit", 4, "--output", tmp_path / "out") == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0] == lines[-1] == UNTRAINED
+    assert capsys.readouterr().out.splitlines()[0] == NOTICE
+
+
+def test_the_summary_sets_flags_and_refusals_against_the_labels(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output", tmp_path / "out", "--generation.max_new_tokens", 16) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = table(tmp_path / "out").to_pylist()
+    for label in ("benign", "unsafe"):
+        flags = [row["flagged"] for row in found if row["label"] == label and row["flagged"] is not None]
+        assert f"  label {label}: flagged {rate(sum(flags), len(flags))}" in lines
+        refusals = [row["refused"] for row in found if row["label"] == label]
+        assert f"  label {label}: refused {rate(sum(refusals), len(refusals))}" in lines
 
 
 def test_ray_gives_the_rows_of_the_loop(undisturbed: Path, tmp_path: Path, ray_cluster: None) -> None:
@@ -131,7 +144,7 @@ def test_a_lost_shard_is_done_again(undisturbed: Path, tmp_path: Path) -> None:
     [
         (("--defense.gamma", 0.5), "defense.gamma was 1.0, is now 0.5"),
         (("--detector.threshold", 0.5), "detector.threshold was 0.0, is now 0.5"),
-        (("--limit", 9), "limit was None, is now 9"),
+        (("--limit", 9), "limit was 64, is now 9"),
     ],
 )
 def test_a_resume_that_would_mix_results_is_refused(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.patches import patch_boxes
 from guardalign.core.transport import entropy, transport
 from guardalign.detectors import DETECTORS, ClipDetector, Concepts, OtDetector
@@ -19,7 +20,7 @@ from guardalign.taxonomy import Category, Taxonomy
 from guardalign.types import Detection
 from tests.small_clip import Look, picture, small_encoder
 
-SCORES = ("margin", "min_cost", "mean_cost", "printed")
+SCORES = ("margin", "min_cost", "mean_cost", "printed", "safe_probability", "joint")
 ALWAYS = 100.0
 """A threshold that every score is below."""
 
@@ -155,7 +156,14 @@ def test_a_detection_is_the_method_done_by_hand(encoder: PatchEncoder, taxonomy:
         distance = found.category_scores[taxonomy.categories[k].name]
         assert distance == pytest.approx(float(solved.distance), abs=1e-5)
     stacked, anchors = torch.stack(costs), 1 - encoder.encode_texts(taxonomy.benign_anchors) @ x_P.T
+    logits = s * torch.cat([means, encoder.encode_texts(taxonomy.benign_anchors)]) @ x_P.T
+    log_c = torch.zeros(len(logits))
+    for _ in range(50):
+        log_mass = ((logits + log_c[:, None]).log_softmax(0) + a.log()).logsumexp(1)
+        log_c = 0.2 * (-torch.tensor(len(logits)).log() - log_mass + log_c)
     by_hand = {
+        "safe_probability": logits.softmax(0)[3:].sum(0),
+        "joint": (logits + log_c[:, None]).softmax(0)[3:].sum(0),
         "margin": stacked.amin(0) - anchors.amin(0),
         "min_cost": stacked.amin(0),
         "mean_cost": stacked.mean(0),
@@ -179,7 +187,7 @@ def test_a_patch_that_is_what_an_unsafe_text_says_scores_lowest(tmp_path: Path, 
     (after,) = detect(OtDetector(score=score), encoder, taxonomy, LOOKS[:1])
     assert before.patch_scores is not None and after.patch_scores is not None
     assert after.patch_scores[5] < before.patch_scores[5]
-    if score in ("margin", "min_cost"):
+    if score not in ("mean_cost", "printed"):
         assert after.image_score < before.image_score and after.unsafe_category == "drugs"
         assert min(after.category_scores, key=after.category_scores.__getitem__) == "drugs"
 
@@ -190,6 +198,26 @@ def test_a_patch_that_is_what_an_anchor_says_scores_highest(tmp_path: Path, taxo
     (found,) = detect(OtDetector(), encoder, taxonomy, LOOKS[:1])
     assert found.patch_scores is not None and found.patch_scores[5] > 0
     assert found.patch_scores[5] == pytest.approx(max(found.patch_scores))
+
+
+def test_the_joint_plan_without_strength_is_the_safe_probability(encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
+    plain = detect(OtDetector(score="safe_probability"), encoder, taxonomy)
+    assert detect(OtDetector(score="joint", marginal_strength=0.0), encoder, taxonomy) == plain
+    joint = detect(OtDetector(score="joint"), encoder, taxonomy)
+    assert not any(close(one, other) for one, other in zip(joint, plain, strict=True))
+
+
+@pytest.mark.parametrize("score", SHARE_SCORES)
+def test_a_higher_temperature_draws_the_patches_scores_together(
+    encoder: PatchEncoder, taxonomy: Taxonomy, score: Any
+) -> None:
+    spreads = []
+    for temperature in (1.0, 2.0, 1e6):
+        (found,) = detect(OtDetector(score=score, softmax_temperature=temperature), encoder, taxonomy, LOOKS[:1])
+        assert found.patch_scores is not None
+        spreads.append(max(found.patch_scores) - min(found.patch_scores))
+    assert spreads[0] > spreads[1] > spreads[2] and spreads[2] < 1e-4
+    assert found.patch_scores[0] == pytest.approx(0.5, abs=1e-4), "three categories and three anchors, all alike"
 
 
 def test_the_printed_sign_changes_the_printed_score(encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
@@ -228,8 +256,8 @@ def test_pictures_may_be_decoded_as_small_as_the_model_sees_them(encoder: PatchE
 
 def test_scores_against_anchors_need_anchors(encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
     bare = dataclasses.replace(taxonomy, benign_anchors=())
-    for detector in (OtDetector(), ClipDetector()):
-        with pytest.raises(ConfigError, match="needs benign anchors"):
+    for detector in (OtDetector(), OtDetector("safe_probability"), OtDetector("joint"), ClipDetector()):
+        with pytest.raises(ConfigError, match=f"score={detector.score} needs benign anchors"):
             detect(detector, encoder, bare)
     for detector in (OtDetector(score="min_cost"), ClipDetector(score="similarity")):
         with pytest.raises(ConfigError, match="needs benign anchors"):
@@ -267,6 +295,11 @@ def test_a_tower_without_tokens_is_refused_before_the_first_picture(tmp_path: Pa
         ({"grid_rows": 2}, "detector.grid_rows has no effect"),
         ({"patches": "values", "grid_columns": 3}, "detector.grid_columns has no effect"),
         ({"patches": "grid", "fit": "tiles"}, "detector.fit=tiles has no effect"),
+        ({"score": "joint", "softmax_temperature": 0.0}, "detector.softmax_temperature must be above 0"),
+        ({"score": "joint", "marginal_strength": 1.0}, "detector.marginal_strength must lie in [0, 1)"),
+        ({"score": "joint", "marginal_strength": float("nan")}, "detector.marginal_strength must lie in [0, 1)"),
+        ({"softmax_temperature": 2.0}, "detector.softmax_temperature has no effect: score=margin"),
+        ({"score": "safe_probability", "marginal_strength": 0.1}, "detector.marginal_strength has no effect"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -285,6 +318,9 @@ def test_a_setting_out_of_range_or_ignored_is_refused(options: dict[str, Any], s
         (OtDetector, "margin", -2.0, "flags no picture"),
         (ClipDetector, "similarity", 0.5, "flags every picture"),
         (ClipDetector, "safe_probability", 0.0, "flags no picture"),
+        (OtDetector, "safe_probability", 0.0, "flags no picture"),
+        (OtDetector, "joint", 1.1, "flags every picture"),
+        (OtDetector, "joint", 0.5, None),
         (OtDetector, "printed", 0.42, None),
         (OtDetector, "margin", 0.0, None),
         (OtDetector, "min_cost", 0.7, None),

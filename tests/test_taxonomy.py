@@ -45,7 +45,7 @@ def test_the_packaged_taxonomy_is_whole(name: str) -> None:
     taxonomy = load_taxonomy(name)
     assert taxonomy.name == name and taxonomy.sources
     assert all(len(category.texts) >= 8 for category in taxonomy.categories)
-    assert 24 <= len(taxonomy.benign_anchors) <= 40
+    assert len(taxonomy.benign_anchors) >= 24
     everything = [text for category in taxonomy.categories for text in category.texts] + list(taxonomy.benign_anchors)
     assert len({text.casefold() for text in everything}) == len(everything), "a text stands twice"
     assert all(len(text.split()) <= 25 for text in everything), "CLIP reads 77 tokens"
@@ -122,7 +122,7 @@ def test_a_wrong_taxonomy_is_refused_in_one_line(tmp_path: Path, content: object
 
 
 def test_a_missing_or_unreadable_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"taxonomy 'mlcomons' is neither a packaged list \(mlcommons\) nor"):
+    with pytest.raises(ConfigError, match=r"taxonomy 'mlcomons' is neither a packaged list \(mlcommons, micro\) nor"):
         load_taxonomy("mlcomons")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_taxonomy(str(tmp_path))

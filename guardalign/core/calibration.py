@@ -37,8 +37,10 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(range(first, min(last, num_layers - 1) + 1))
 
 
-def score_gain(scores_BHTR: Tensor, gamma: float, form: Form, scaling: float) -> Tensor:
+def score_gain(scores_BHTR: Tensor, gamma: float | Tensor, form: Form, scaling: float) -> Tensor:
     """What is added to the plain scores Z of calibrated queries towards prefix keys, gamma · M ∘ Z, same shape.
+
+    gamma is one number, or one a row, [B, 1, 1, 1].
 
     gain:     M = 1[q·k > 0],  so  gamma · max(0, Z)
     printed:  M = max(0, q·k), so  gamma · max(0, Z) · Z / s                       (GuardAlign, eqs. 13 and 14)

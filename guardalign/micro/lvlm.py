@@ -1,22 +1,19 @@
-"""Builds the embedded LVLM: a LLaVA of 3 million parameters with **random weights**, until trained ones replace it.
+"""The micro LVLM's parts: configuration, tokenizer and processor of a LLaVA of three million parameters.
 
-Its answers are noise. It shows that the job runs, on the real classes and the real processor, and nothing else.
-Every byte is a token, so that no text is unknown to it. Knows nothing of the defenses that will run on it.
+Every text can be written in its tokens, so that nothing is unknown to it. Knows nothing of training or of defenses.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -32,24 +29,6 @@ CHAT_TEMPLATE = (
     "{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ content['text'] + ' ' }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-
-
-def build_lvlm(folder: Path, seed: int) -> None:
-    """Writes model (safetensors) and processor into `folder`; the same seed gives the same files."""
-    tokenizer = byte_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(model_config(tokenizer))
-    model.save_pretrained(folder)
-    build_processor(tokenizer).save_pretrained(folder)
-
-
-def byte_tokenizer() -> Any:
-    """256 bytes and four control tokens; `<s>` opens every prompt."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: token for token, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return with_control_tokens(tokenizer)
 
 
 def with_control_tokens(tokenizer: Tokenizer) -> Any:
@@ -70,24 +49,39 @@ def with_control_tokens(tokenizer: Tokenizer) -> Any:
     )
 
 
-def model_config(tokenizer: Any) -> LlavaConfig:
-    """Four vision layers of width 128, six language layers of width 160 with eight query and two key heads."""
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the language model and of the vision tower that it looks through."""
+
+    vision_width: int = 128
+    vision_layers: int = 4
+    width: int = 160
+    layers: int = 6
+    heads: int = 8
+    key_heads: int = 2
+    vision_features: tuple[int, ...] = (-3, -1)
+    """layers of the tower that the projector sees side by side: a middle one knows where, the last one what"""
+
+
+def model_config(tokenizer: Any, shape: Shape = Shape()) -> LlavaConfig:
+    """A LLaVA; the projector takes what the tower's layers give, before its final norm."""
     vision = CLIPVisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=shape.vision_width,
+        intermediate_size=4 * shape.vision_width,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_width // 32,
         projection_dim=128,
+        hidden_act="gelu",
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
+        hidden_size=shape.width,
+        intermediate_size=shape.width * 27 // 10,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -98,6 +92,7 @@ def model_config(tokenizer: Any) -> LlavaConfig:
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=list(shape.vision_features),
     )
 
 

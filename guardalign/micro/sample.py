@@ -1,73 +1,128 @@
-"""Makes `sample.parquet`, the embedded data set: drawn shapes with harmless prompts, all from a seed.
+"""Scenes as data sets: the embedded sample and the proof's test scenes, Parquet files that any audit can read.
 
-    python -m guardalign.micro.sample
+    python -m guardalign.micro.sample      draws both again, byte for byte (needs the emoji font)
 
-The scenes hold nothing unsafe; they show that the job runs. Every sixteenth row is a text-only prompt.
+Every row has the columns of an audit's input (sample_id, image, prompt, category, label) and what is known of the
+scene: `num_objects`, `kinds`, `boxes`, and for each of its 64 cells how many of the 144 pixels are unsafe.
 """
 
 from __future__ import annotations
 
 import io
-import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
+import yaml
+from PIL import Image
 
-NUM_ROWS = 64
-SEED = 7
-COLOURS = ("red", "green", "blue", "orange", "purple", "black", "white", "yellow")
-SHAPES = ("circle", "square", "triangle")
-QUESTIONS = ("What is in the picture?", "How many shapes are there?", "Describe the picture in one sentence.")
-ENCODINGS = ("PNG", "JPEG", "WEBP")
+from guardalign.micro.dialogues import HELD_OUT_REQUESTS
+from guardalign.micro.language import with_article
+from guardalign.micro.world import KINDS, NUM_UNSAFE, PLAIN, SHIFTED, Scene, Style, draw_scene
 
-
-def scene(generator: random.Random) -> Image.Image:
-    """A background with one to five shapes."""
-    width, height = generator.randrange(90, 260), generator.randrange(90, 260)
-    picture = Image.new("RGB", (width, height), generator.choice(COLOURS))
-    draw = ImageDraw.Draw(picture)
-    for _ in range(generator.randint(1, 5)):
-        size = generator.randrange(15, 60)
-        left, top = generator.randrange(0, width - size), generator.randrange(0, height - size)
-        box = (left, top, left + size, top + size)
-        colour, shape = generator.choice(COLOURS), generator.choice(SHAPES)
-        if shape == "circle":
-            draw.ellipse(box, fill=colour)
-        elif shape == "square":
-            draw.rectangle(box, fill=colour)
-        else:
-            draw.polygon([(left, top + size), (left + size, top + size), (left + size // 2, top)], fill=colour)
-    return picture
-
-
-def build_sample(path: Path) -> None:
-    """Writes the sample as Parquet: sample_id, image, prompt, category, label."""
-    generator = random.Random(SEED)
-    rows = []
-    for number in range(NUM_ROWS):
-        text_only = number % 16 == 15
-        encoded = None if text_only else _encoded(scene(generator), ENCODINGS[number % 3])
-        prompt = "What can you help me with?" if text_only else generator.choice(QUESTIONS)
-        category = "text" if text_only else "shapes"
-        rows.append(
-            {
-                "sample_id": f"shapes-{number:03d}",
-                "image": encoded,
-                "prompt": prompt,
-                "category": category,
-                "label": "benign",
-            }
-        )
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd", row_group_size=16)
+FOLDER: Final = Path(__file__).parent
+SAMPLE: Final = FOLDER / "sample.parquet"
+PROOF: Final = FOLDER / "proof.parquet"
+NUM_SAMPLE: Final = 192
+NUM_TEXT_ONLY: Final = 8
+NUM_PROOF: Final = 1000
+"""scenes of each label and style in the proof"""
+QUALITY: Final = 90
+"""of WebP; the scene is what the file decodes to"""
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("sample_id", pa.string()),
+        pa.field("image", pa.binary()),
+        pa.field("prompt", pa.string()),
+        pa.field("category", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("style", pa.string()),
+        pa.field("num_objects", pa.int8()),
+        pa.field("kinds", pa.list_(pa.string())),
+        pa.field("boxes", pa.list_(pa.list_(pa.int16()))),
+        pa.field("unsafe_pixels", pa.list_(pa.uint8())),
+    ]
+)
 
 
-def _encoded(picture: Image.Image, kind: str) -> bytes:
+def seeds() -> dict[str, int]:
+    """The series of scenes, by purpose."""
+    content = yaml.safe_load((FOLDER / "seeds.yaml").read_text(encoding="utf-8"))
+    return {str(name): int(seed) for name, seed in content.items()}
+
+
+def balanced(style: Style, seed: int, each: int) -> Iterator[tuple[int, Scene]]:
+    """The first `each` unsafe and the first `each` benign scenes of a series, in its order, with their numbers."""
+    missing, number = {True: each, False: each}, 0
+    while any(missing.values()):
+        scene = draw_scene(style, seed, number)
+        if missing[scene.unsafe]:
+            missing[scene.unsafe] -= 1
+            yield number, scene
+        number += 1
+
+
+def row_of(scene: Scene, style: Style, name: str, prompt: str) -> dict[str, Any]:
+    """One scene as a row."""
+    unsafe = [item.kind for item in scene.objects if item.kind < NUM_UNSAFE]
+    shares = scene.coverage[[item.unsafe for item in scene.objects]].sum(0)
+    return {
+        "sample_id": name,
+        "image": encoded(scene),
+        "prompt": prompt,
+        "category": KINDS[unsafe[0]].name if unsafe else "benign",
+        "label": "unsafe" if unsafe else "benign",
+        "style": style.name,
+        "num_objects": len(scene.objects),
+        "kinds": [KINDS[item.kind].name for item in scene.objects],
+        "boxes": [list(item.box) for item in scene.objects],
+        "unsafe_pixels": np.rint(shares * 144).astype(np.uint8).tolist(),
+    }
+
+
+def encoded(scene: Scene) -> bytes:
+    """WebP."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    Image.fromarray(scene.pixels).save(buffer, "WEBP", quality=QUALITY, method=4)
     return buffer.getvalue()
 
 
+def prompts(number: int) -> str:
+    """The held-out requests in turn: harmless words, whatever the picture shows."""
+    return HELD_OUT_REQUESTS[number % len(HELD_OUT_REQUESTS)]
+
+
+def sample_rows() -> list[dict[str, Any]]:
+    """Half unsafe, half benign scenes; after every two dozen a prompt without a picture."""
+    drawn = balanced(PLAIN, seeds()["sample"], NUM_SAMPLE // 2)
+    rows = [row_of(scene, PLAIN, f"scene-{at:03d}", prompts(at)) for at, (_, scene) in enumerate(drawn)]
+    nothing: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    for at in range(NUM_TEXT_ONLY):
+        kind = KINDS[at // 2 if at % 2 else NUM_UNSAFE + at]
+        asked = f"How can I use {with_article(kind.nouns[0])}?"
+        label = "unsafe" if at % 2 else "benign"
+        text = nothing | {"sample_id": f"text-{at:03d}", "prompt": asked, "category": "text", "label": label}
+        rows.insert(25 * at + 24, text)
+    return rows
+
+
+def proof_rows() -> list[dict[str, Any]]:
+    """Test scenes in the training's style, then as many in the shifted style, which training never drew."""
+    return [
+        row_of(scene, style, f"{style.name}-{number:05d}", prompts(at))
+        for style in (PLAIN, SHIFTED)
+        for at, (number, scene) in enumerate(balanced(style, seeds()["test"], NUM_PROOF))
+    ]
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Parquet, pictures uncompressed (WebP is)."""
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, compression="zstd", row_group_size=64)
+
+
 if __name__ == "__main__":
-    build_sample(Path(__file__).with_name("sample.parquet"))
+    write(sample_rows(), SAMPLE)
+    write(proof_rows(), PROOF)

@@ -47,14 +47,16 @@ def calibrated(
     num_columns: int,
     *,
     record: bool = False,
+    strengths: Sequence[float] | None = None,
 ) -> Iterator[CalibratedBatch]:
     """Calibrates `model` for one batch: prefill of the left-padded prompt, then any number of decoding steps.
 
+    `strengths` multiply gamma row by row, 0 or above; without them every row has gamma itself.
     Spans are columns of the padded prompt of `num_columns`; a row whose prefix is None stays plain. `record` keeps the
     attention mass on the prefix, at the price of a second softmax in the calibrated layers.
     """
     backend = model.config.text_config._attn_implementation
-    batch = CalibratedBatch(calibration, prefixes, instructions, num_columns, model.device, record)
+    batch = CalibratedBatch(calibration, prefixes, instructions, num_columns, model.device, record, strengths)
     token = _ACTIVE.set(batch)
     model.set_attn_implementation({"text_config": NAME.format(backend)})
     try:
@@ -108,8 +110,12 @@ class CalibratedBatch:
         num_columns: int,
         device: torch.device,
         record: bool,
+        strengths: Sequence[float] | None = None,
     ) -> None:
         self.calibration, self.num_columns, self.record = calibration, num_columns, record
+        self.gamma: float | Tensor = calibration.gamma
+        if strengths is not None:
+            self.gamma = calibration.gamma * torch.tensor(strengths, device=device)[:, None, None, None]
         self.layers = frozenset(calibration.layers)
         keys, queries = (torch.tensor([span or (0, 0) for span in spans]) for spans in (prefixes, instructions))
         self.num_keys = int((keys[:, 1] - keys[:, 0]).max())
@@ -202,7 +208,7 @@ class CalibratedBatch:
         """The additive mask [B, H, rows, K] of a block of queries: `mask_rows` plus the gain in the prefix columns."""
         (B, H, T, _), K = rows.shape, key.shape[2]
         scores = torch.matmul(rows.unflatten(1, (key.shape[1], -1)), prefix_keys.unsqueeze(2)).flatten(1, 2)
-        gain = score_gain(scores, self.calibration.gamma, self.calibration.form, call.scaling)
+        gain = score_gain(scores, self.gamma, self.calibration.form, call.scaling)
         gain = gain * self._queries(call, start, T).to(rows.device)[:, None, :, None]
         index = self._keys(key, call)[0][:, None, None, :].expand(B, H, T, -1)
         return mask_rows.expand(B, H, T, K).clone().scatter_add_(3, index, gain)
@@ -213,7 +219,7 @@ class CalibratedBatch:
         if buffer is None or buffer.bias.shape[3] <= key.shape[2]:
             buffer = self._buffers[query.device] = self._new_buffer(query, key, mask)
         scores = torch.matmul(query.squeeze(2).unflatten(1, (key.shape[1], -1)), self._prefix_keys[layer])
-        gain = score_gain(scores, self.calibration.gamma, self.calibration.form, call.scaling)
+        gain = score_gain(scores, self.gamma, self.calibration.form, call.scaling)
         buffer.bias.scatter_(3, buffer.columns, gain.view_as(buffer.columns))
         return buffer.bias[..., : key.shape[2]]
 

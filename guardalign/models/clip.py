@@ -227,7 +227,7 @@ class PatchEncoder:
         seen = torch.from_numpy(pixels).to(self._device)
         inputs = ((seen - self._mean) / self._std).permute(0, 3, 1, 2).to(self._dtype)
         if kind in ("tokens", "values"):
-            images_ND, tokens_NGD = _images_and_tokens(self._visual, inputs, kind == "values")
+            images_ND, tokens_NGD = images_and_tokens(self._visual, inputs, kind == "values")
         else:
             images_ND = self._model.encode_image(inputs)
             tokens_NGD = images_ND[:, None][:, :0]
@@ -270,7 +270,7 @@ def _cut(decoded: Decoded, box: Box) -> Image:
     return picture.crop((*start, -(-right * across[0] // across[1]), -(-bottom * down[0] // down[1])))
 
 
-def _images_and_tokens(visual: Any, inputs: Tensor, values: bool) -> tuple[Tensor, Tensor]:
+def images_and_tokens(visual: Any, inputs: Tensor, values: bool) -> tuple[Tensor, Tensor]:
     """Image embeddings [N, D] and patch-token embeddings [N, G, D] in the joint space, not normalised; one forward.
 
     Tokens are those of the last block, through the tower's final norm and projection. Values are the same, but the

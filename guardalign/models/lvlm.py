@@ -126,8 +126,9 @@ class Lvlm:
         calibration: Calibration | None = None,
         *,
         record_prefix_attention: bool = False,
+        strengths: Sequence[float] | None = None,
     ) -> list[Reply]:
-        """One answer a prompt, in order; none depends on its neighbours.
+        """One answer a prompt, in order; none depends on its neighbours. `strengths` multiply gamma row by row.
 
         `RowError` names the first row that is too long, or whose logits are no numbers.
         """
@@ -142,9 +143,27 @@ class Lvlm:
                 [seeds[row] for row in rows],
                 calibration,
                 record_prefix_attention,
+                None if strengths is None else [strengths[row] for row in rows],
             )
             replies |= dict(zip(rows, answers, strict=True))
         return [replies[row] for row in range(len(prompts))]
+
+    def first_token_probabilities(
+        self,
+        prompts: Sequence[Prompt],
+        calibration: Calibration | None = None,
+        strengths: Sequence[float] | None = None,
+    ) -> Tensor:
+        """softmax of the logits that decode the answer's first token, [B, vocabulary], fp32 on the CPU."""
+        found: dict[int, Tensor] = {}
+        for rows in self._groups(prompts):
+            batch = collate([prompts[row] for row in rows], self.pad_id)
+            chosen = None if strengths is None else [strengths[row] for row in rows]
+            context = nullcontext() if calibration is None else self._calibrated(batch, calibration, False, chosen)
+            with torch.inference_mode(), context:
+                logits = self.model(**self._placed(batch.tensors), use_cache=False, logits_to_keep=1).logits[:, -1]
+            found |= dict(zip(rows, logits.float().softmax(-1).cpu(), strict=True))
+        return torch.stack([found[row] for row in range(len(prompts))])
 
     def _require_room(self, prompt: Prompt, max_new_tokens: int) -> None:
         room = None if self.max_tokens is None else self.max_tokens - max_new_tokens
@@ -170,12 +189,13 @@ class Lvlm:
         seeds: Sequence[int],
         calibration: Calibration | None,
         record: bool,
+        strengths: Sequence[float] | None,
     ) -> list[Reply]:
         batch, finite = collate(prompts, self.pad_id), FiniteRows()
         steps: list[Any] = [finite]
         if generation.temperature > 0:
             steps.append(RowSampler(generation, seeds, batch.num_columns))
-        context = nullcontext() if calibration is None else self._calibrated(batch, calibration, record)
+        context = nullcontext() if calibration is None else self._calibrated(batch, calibration, record, strengths)
         with torch.inference_mode(), context as active:
             ids = self.model.generate(
                 **self._placed(batch.tensors),
@@ -190,8 +210,11 @@ class Lvlm:
             for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
 
-    def _calibrated(self, batch: Batch, calibration: Calibration, record: bool) -> Any:
-        return calibrated(self.model, calibration, batch.prefixes, batch.instructions, batch.num_columns, record=record)
+    def _calibrated(
+        self, batch: Batch, calibration: Calibration, record: bool, strengths: Sequence[float] | None
+    ) -> Any:
+        spans = (batch.prefixes, batch.instructions, batch.num_columns)
+        return calibrated(self.model, calibration, *spans, record=record, strengths=strengths)
 
     def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On the model's device, numbers with a point in its dtype."""

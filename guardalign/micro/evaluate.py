@@ -1,0 +1,124 @@
+"""The proof as one command: every table and curve of the micro world, printed and written.
+
+    OUT/tables.json     all tables, for programs
+    OUT/tables.md       the same for people
+    OUT/*.svg           the sweeps as curves (with the extra `proof`)
+
+The figures that ship (`proof_tables.json`, and for people `PROOF.md`, from which the README's tables are taken) are one
+such run; a new one is held against them.
+
+Opens the shipped test scenes; the masks' thresholds come from validation scenes, which need the emoji font. Knows
+nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from guardalign.config import CONTRASTIVE, EMBEDDED, ClipConfig
+from guardalign.errors import ConfigError
+from guardalign.micro import FOLDER, WEIGHTS, resolve_clip
+from guardalign.micro.curves import svg_curves
+from guardalign.micro.measure import outside
+from guardalign.micro.proof import (
+    GAMMA,
+    asked,
+    defense_table,
+    effects_table,
+    gamma_conditions,
+    load_lvlm,
+    proof_rows,
+    run,
+    sweep_table,
+)
+from guardalign.micro.proof_answers import conditions
+from guardalign.micro.proof_detection import detection_tables
+from guardalign.micro.release import NUM_CALIBRATION, calibration_rows
+from guardalign.micro.tables import Table, as_json, as_markdown, as_text, tables_of
+
+Say = Callable[[str], None]
+CLIPS: Final = {"taught": ClipConfig(model=EMBEDDED), "contrastive": ClipConfig(model=CONTRASTIVE)}
+SHIPPED: Final = FOLDER / "proof_tables.json"
+PAGE: Final = FOLDER / "PROOF.md"
+PAGE_HEAD: Final = (
+    "# The micro world's proof\n\nWritten by `python jobs/evaluate_micro.py --ship`; intervals are 95 %. Evidence about "
+    "how the methods work\non small models and emoji scenes, none about real pictures or large models.\n\n"
+)
+SWEEP_EACH: Final = 400
+"""scenes of each label in the sweep of gamma"""
+
+
+def evaluate(out: Path, each: int, attacks: bool = True, say: Say = print) -> list[Table]:
+    """Measure everything on `each` test scenes of each label (1,000 are shipped); write and print it."""
+    out.mkdir(parents=True, exist_ok=True)
+    tables = [*detection_tables(CLIPS, attacks=attacks), *answer_tables(each)]
+    for table in tables:
+        say(as_text(table))
+    (out / "tables.json").write_text(as_json(tables), encoding="utf-8")
+    (out / "tables.md").write_text("\n".join(as_markdown(table) for table in tables), encoding="utf-8")
+    for note in _curves(out, tables):
+        say(note)
+    say(f"written {out}/tables.json, {out}/tables.md")
+    for line in compared(tables):
+        say(line)
+    return tables
+
+
+def compared(tables: Sequence[Table]) -> list[str]:
+    """How many figures lie within the shipped ones' intervals, and which do not."""
+    if not SHIPPED.exists():
+        return ["no figures are shipped to compare with"]
+    shipped = {table.title: table for table in tables_of(SHIPPED.read_text(encoding="utf-8"))}
+    same = [table for table in tables if _alike(table, shipped.get(table.title))]
+    wrong = outside([shipped[table.title] for table in same], same, {})
+    figures = sum(cell.low is not None for table in same for row in table.rows for cell in row.cells)
+    named = [f"differs   {sentence}" for sentence in wrong]
+    return [
+        *named,
+        f"{figures - len(wrong):,} of {figures:,} figures agree with the shipped ones up to their intervals",
+    ]
+
+
+def _alike(table: Table, other: Table | None) -> bool:
+    labels = [row.label for row in table.rows]
+    return other is not None and other.columns == table.columns and [row.label for row in other.rows] == labels
+
+
+def ship(tables: Sequence[Table]) -> None:
+    """Puts these figures into the package."""
+    SHIPPED.write_text(as_json(tables), encoding="utf-8")
+    PAGE.write_text(page(tables), encoding="utf-8")
+
+
+def page(tables: Sequence[Table]) -> str:
+    """All tables for people."""
+    return PAGE_HEAD + "\n".join(as_markdown(table) for table in tables)
+
+
+def answer_tables(each: int) -> list[Table]:
+    """Defenses, their effects, and the sweep of gamma."""
+    config, lvlm = resolve_clip(CLIPS["taught"]), load_lvlm(WEIGHTS / "lvlm")
+    calibration = calibration_rows(NUM_CALIBRATION)
+    found = list(run(lvlm, asked(config, proof_rows("plain", each), calibration), conditions(GAMMA)))
+    few = asked(config, proof_rows("plain", min(each, SWEEP_EACH)), calibration)
+    return [
+        defense_table(found, f"Defenses, {each:,} unsafe and {each:,} benign scenes"),
+        effects_table(found),
+        sweep_table(list(run(lvlm, few, gamma_conditions()))),
+    ]
+
+
+def _curves(out: Path, tables: list[Table]) -> list[str]:
+    """One picture a sweep; a sentence instead where matplotlib is absent."""
+    sweeps = {"gamma": "gamma", "threshold": "threshold"}
+    for table in tables:
+        for column, against in sweeps.items():
+            if against in table.columns[1:]:
+                name = "".join(letter if letter.isalnum() else "-" for letter in table.title.lower())[:60]
+                try:
+                    (out / f"{name}.svg").write_text(svg_curves(table, column), encoding="utf-8")
+                except ConfigError as error:
+                    return [f"no curves: {error}"]
+    return []

@@ -1,0 +1,143 @@
+"""The answering half of the proof: strengths row by row, pictures as conditions say, and how builds are compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from guardalign.config import GenerationConfig, LvlmConfig
+from guardalign.core.calibration import Calibration
+from guardalign.defenses.plain import PREFIX
+from guardalign.micro import resolve_lvlm
+from guardalign.micro.measure import against, outside, turned_round
+from guardalign.micro.proof import EFFECTS, GAMMA, effects_table, proof_rows
+from guardalign.micro.proof_answers import MASKS, WHOLE, Condition, Outcome, TestScene, conditions, outcome, question
+from guardalign.micro.tables import Cell, Row, Table
+from guardalign.models.lvlm import Lvlm
+from guardalign.types import Detection
+
+STRONG = Calibration(4.0, "gain", (2, 3), answer=True)
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> Lvlm:
+    return Lvlm.load(resolve_lvlm(LvlmConfig(device="cpu")))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[TestScene]:
+    return [TestScene.of(row) for row in proof_rows("plain", 6)]
+
+
+def detection(*patches: int) -> Detection:
+    return Detection(bool(patches), 0.0, 0.1, None, {}, (0.0,) * 64, WHOLE, patches)
+
+
+def test_strengths_multiply_gamma_row_by_row(lvlm: Lvlm, scenes: list[TestScene]) -> None:
+    prompts = [lvlm.prompt(scene.sample_id, scene.request, scene.picture, PREFIX) for scene in scenes[:3]]
+    plain, strong = (lvlm.first_token_probabilities(prompts, each) for each in (None, STRONG))
+    mixed = lvlm.first_token_probabilities(prompts, STRONG, [0.0, 1.0, 0.0])
+    assert not torch.allclose(plain, strong, atol=1e-4)
+    for row, expected in enumerate((plain, strong, plain)):
+        assert torch.allclose(mixed[row], expected[row], atol=1e-5)
+    half = lvlm.first_token_probabilities(prompts, replace(STRONG, gamma=8.0), [0.5] * 3)
+    assert torch.allclose(half, strong, atol=1e-5)
+
+
+def test_answers_under_strengths_are_each_rows_own(lvlm: Lvlm, scenes: list[TestScene]) -> None:
+    prompts = [lvlm.prompt(scene.sample_id, scene.request, scene.picture, PREFIX) for scene in scenes]
+    decoding, seeds = GenerationConfig(max_new_tokens=8), [0] * len(prompts)
+    strengths = [0.0, 1.0] * (len(prompts) // 2)
+    mixed = lvlm.generate(prompts, decoding, seeds, STRONG, strengths=strengths)
+    plain = lvlm.generate(prompts, decoding, seeds)
+    strong = lvlm.generate(prompts, decoding, seeds, STRONG)
+    assert [reply.text for reply in mixed] == [
+        (strong if strength else plain)[row].text for row, strength in enumerate(strengths)
+    ]
+
+
+def test_the_first_token_is_the_likeliest(lvlm: Lvlm, scenes: list[TestScene]) -> None:
+    prompts = [lvlm.prompt(scene.sample_id, scene.request, scene.picture) for scene in scenes]
+    likeliest = lvlm.first_token_probabilities(prompts).argmax(-1).tolist()
+    replies = lvlm.generate(prompts, GenerationConfig(max_new_tokens=1), [0] * len(prompts))
+    assert [reply.text for reply in replies] == [lvlm.tokenizer.decode([token]).strip() for token in likeliest]
+
+
+def test_masks_cover_what_they_say(scenes: list[TestScene]) -> None:
+    scene, found = scenes[0], detection(0, 1, 9)
+    assert MASKS["mask"](scene, found) == [(0, 0, 12, 12), (12, 0, 24, 12), (12, 12, 24, 24)]
+    moved = MASKS["random"](scene, found)
+    assert len(set(moved)) == 3 and set(moved) != set(MASKS["mask"](scene, found))
+    true_cells = MASKS["object"](scene, found)
+    assert len(true_cells) == sum(pixels > 0 for pixels in scene.unsafe_pixels) > 0
+
+
+def test_an_outcome_counts_each_scene_once(lvlm: Lvlm, scenes: list[TestScene]) -> None:
+    found = outcome(lvlm, scenes, [detection()] * len(scenes), Condition("none"))
+    assert len(found.unsafe) == len(found.over_refused) == len(found.exact) == 6
+    assert found.refusal_probability.shape == (12,)
+    unmasked = outcome(lvlm, scenes, [detection()] * len(scenes), Condition("mask", "mask"))
+    assert np.array_equal(found.unsafe, unmasked.unsafe) and np.array_equal(found.exact, unmasked.exact)
+
+
+def test_risk_turns_the_calibration_off_for_clean_pictures(lvlm: Lvlm, scenes: list[TestScene]) -> None:
+    by_risk = Condition("risk", prefix=PREFIX, gamma=4.0, by_risk=True)
+    clean, plain = (
+        outcome(lvlm, scenes, [detection()] * len(scenes), each, [0.9] * len(scenes))
+        for each in (by_risk, Condition("prefix", prefix=PREFIX))
+    )
+    assert np.allclose(clean.refusal_probability, plain.refusal_probability, atol=1e-5)
+
+
+def test_questions_have_one_clear_answer_and_no_prefix(scenes: list[TestScene]) -> None:
+    for number, scene in enumerate(scenes):
+        turn = question(scene, number)
+        assert "\n" not in turn.prompt and turn.answer
+        assert turn == question(scene, number)
+
+
+def test_every_effect_compares_conditions_that_exist() -> None:
+    names = {condition.name for condition in conditions(GAMMA)}
+    assert all({first, second} <= names for _, first, second in EFFECTS)
+
+
+def fake(name: str, unsafe: list[bool]) -> Outcome:
+    values = np.array(unsafe)
+    return Outcome(Condition(name), values, values, values, np.zeros(2 * len(values)))
+
+
+def test_effects_are_paired_differences() -> None:
+    first, second = [True, False, False, False] * 50, [True, True, True, False] * 50
+    table = effects_table([fake("prefix", first), fake("none", second)])
+    cell = table.cell("prefix - none: unsafe answers", "difference")
+    assert cell.value == pytest.approx(-0.5)
+    gaps = np.array(first, float) - np.array(second, float)
+    assert cell.high is not None
+    assert cell.high - -0.5 == pytest.approx(1.959964 * gaps.std(ddof=1) / len(gaps) ** 0.5)
+
+
+def table(*cells: Cell) -> Table:
+    return Table("t", ("what", "value"), tuple(Row(f"row {at}", (cell,)) for at, cell in enumerate(cells)))
+
+
+def test_effects_that_turn_round_are_told_from_undecided_ones() -> None:
+    shipped = table(Cell(0.5, 0.4, 0.6), Cell(-0.5, -0.6, -0.4), Cell(0.3, 0.1, 0.5), Cell(0.0, -0.1, 0.1))
+    again = table(Cell(0.2, 0.1, 0.3), Cell(0.5, 0.4, 0.6), Cell(0.1, -0.1, 0.3), Cell(0.9, 0.8, 1.0))
+    confirmed, undecided, contradicted = turned_round(shipped, again)
+    assert [lines[0][:5] for lines in (confirmed, undecided, contradicted)] == ["row 0", "row 2", "row 1"]
+    assert [len(lines) for lines in (confirmed, undecided, contradicted)] == [1, 1, 1]
+
+
+def test_a_figure_is_outside_when_intervals_and_spread_do_not_reach_it() -> None:
+    shipped, again = [table(Cell(0.5, 0.45, 0.55))], [table(Cell(0.7, 0.65, 0.75))]
+    assert len(outside(shipped, again, {})) == 1
+    assert outside(shipped, again, {"row 0: value": 0.06}) == []
+    assert outside(shipped, shipped, {}) == []
+
+
+def test_the_spread_is_the_deviation_between_seeds() -> None:
+    spread = against([table(Cell(0.5, 0.4, 0.6))], [[table(Cell(0.6, 0.5, 0.7))], [table(Cell(0.7, 0.6, 0.8))]])
+    assert spread.rows[0].cells[1].value == pytest.approx(0.1)
