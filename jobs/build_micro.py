@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from guardalign.errors import UserError
 from guardalign.micro.release import check, rebuild, ship
 from guardalign.models import hide_progress_bars
 
@@ -24,9 +25,13 @@ def main() -> int:
     parser.add_argument("--ship", type=int, nargs="+", metavar="SEED", help="build these and change the package")
     given = parser.parse_args()
     hide_progress_bars()
-    if given.ship:
-        return ship(given.folder, given.ship)
-    return (check if given.check else rebuild)(given.folder, given.seed)
+    try:
+        if given.ship:
+            return ship(given.folder, given.ship)
+        return (check if given.check else rebuild)(given.folder, given.seed)
+    except UserError as error:
+        print(f"build_micro: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_rows_that_stand_twice_fail_the_run(undisturbed: Path, tmp_path: Path) -
     out.write_table("results/shard-000001.parquet", shard)
     refuse_double_rows(out)
     out.write_table("results/shard-000002.parquet", shard.slice(0, 1))
-    with pytest.raises(RunFailedError, match="'shapes-008' stands twice: shard 1 and shard 1"):
+    with pytest.raises(RunFailedError, match="'scene-008' stands twice: shard 1 and shard 1"):
         refuse_double_rows(out)
 
 
@@ -251,10 +251,10 @@ def test_rescored_flags_equal_a_reruns(undisturbed: Path, tmp_path: Path) -> Non
 
 
 def test_show_prints_a_row_and_draws_its_picture(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", str(undisturbed), "shapes-001"]) == 0
+    assert main(["show", str(undisturbed), "scene-001"]) == 0
     assert "image_score" in capsys.readouterr().out
     (path,) = (undisturbed / "shown").glob("*.png")
-    row = rows(undisturbed)["shapes-001"]
+    row = rows(undisturbed)["scene-001"]
     with Image.open(path) as sheet:
         assert sheet.size == (3 * row["width"], row["height"])
     assert main(["show", str(undisturbed), "nobody"]) == 2

@@ -211,7 +211,8 @@ def test_a_sweep_needs_verdicts_on_both_kinds(tmp_path: Path, label: str) -> Non
 
 
 LABELLED = Target(false_alarm_rate=0.25, unsafe_label="unsafe")
-SCORES = [*(0.1 * number for number in range(10)), *(0.1 * number - 0.55 for number in range(8))]
+SCORES = [*(0.1 * number for number in range(10)), *(0.1 * number - 0.55 for number in range(7)), 0.1]
+"""The last unsafe score is the threshold itself, and so is not flagged."""
 LABELS: list[str | None] = [*["benign"] * 10, *["unsafe"] * 8]
 POINTS = [SweepPoint(0.0, 4, 8, 0, 10), SweepPoint(1.0, 2, 8, 1, 10), SweepPoint(2.0, 3, 8, 2, 10)]
 

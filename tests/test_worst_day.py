@@ -56,14 +56,14 @@ def test_a_damaged_folder_is_refused_by_the_files_name(
 
 def test_a_damaged_manifest_is_one_line_for_all_commands(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "run.json").write_text("{}")
-    for words in (["show", str(out), "shapes-000"], ["rescore", str(out), "--threshold", "1"]):
+    for words in (["show", str(out), "scene-000"], ["rescore", str(out), "--threshold", "1"]):
         assert main(words) == 2
         assert "run.json" in only_line(capsys)
 
 
 def test_a_damaged_shard_is_named_and_mended_by_removing_it(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "results/shard-000000.parquet").write_bytes(b"broken")
-    assert main(["show", str(out), "shapes-000"]) == 2
+    assert main(["show", str(out), "scene-000"]) == 2
     assert "shard-000000.parquet" in only_line(capsys)
     (out / "run.json").unlink()
     assert run(*FLAGS, "--output", out) == 2

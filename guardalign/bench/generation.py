@@ -25,6 +25,7 @@ from guardalign.bench.ratios import Benchmark, Side, timed
 from guardalign.config import AuditConfig, GenerationConfig, LvlmConfig
 from guardalign.core.calibration import Calibration
 from guardalign.defenses.plain import PREFIX, NoDefense
+from guardalign.micro import resolve_taxonomy
 from guardalign.models.clip_weights import write_random_model
 from guardalign.models.lvlm import Lvlm
 from guardalign.models.prompts import Prompt
@@ -197,7 +198,7 @@ def _flags(load: Load, folder: Path) -> list[str]:
 
 
 def _stages(config: AuditConfig) -> list[Stage]:
-    return [step.make() for step in steps(config, load_taxonomy(config.taxonomy))]
+    return [step.make() for step in steps(config, load_taxonomy(resolve_taxonomy(config)))]
 
 
 def _run(stages: Sequence[Callable[[pa.Table], pa.Table]], table: pa.Table, num_tokens: int) -> None:

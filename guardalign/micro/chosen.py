@@ -1,5 +1,7 @@
 """Thresholds of the proof's masks, chosen on validation scenes and kept in chosen.yaml, which the proof only reads.
 
+    python -m guardalign.micro.chosen      for the embedded CLIPs, anew after each training (needs the font)
+
 For every CLIP and patch score the threshold with the highest mean IoU between a scene's masked cells (score strictly
 below the threshold) and its unsafe cells. The file's other sections belong to others and are left alone.
 Legend: N scenes, G cells.
@@ -14,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import yaml
 
-from guardalign.config import ClipConfig
+from guardalign.config import CONTRASTIVE, EMBEDDED, ClipConfig
 from guardalign.errors import ConfigError
 from guardalign.micro import resolve_clip
-from guardalign.micro.proof_scenes import Scenes
+from guardalign.micro.proof_scenes import Scenes, validation_scenes
 from guardalign.micro.proof_scores import SCORES, see
 from guardalign.models.clip import PatchEncoder
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 CHOSEN: Final = Path(__file__).with_name("chosen.yaml")
 SECTION: Final = "mask_thresholds"
 NUM_CANDIDATES: Final = 400
+NUM_SCENES: Final = 500
+"""unsafe validation scenes, the first of their series"""
 
 Thresholds = Mapping[str, Mapping[str, float]]
 """CLIP -> score -> threshold"""
@@ -83,3 +87,8 @@ def read_thresholds(clip: str, path: Path = CHOSEN) -> Mapping[str, float]:
 def _content(path: Path) -> dict[str, Any]:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
+
+
+if __name__ == "__main__":
+    embedded = {"taught": ClipConfig(model=EMBEDDED), "contrastive": ClipConfig(model=CONTRASTIVE)}
+    write_thresholds(choose_thresholds(embedded, validation_scenes(NUM_SCENES)))

@@ -1,4 +1,4 @@
-"""Sweeps as curves: the columns of a table drawn against its labels, which are numbers, as SVG, its note below.
+"""Sweeps as curves: columns of a table drawn against one of them, as SVG, with the table's note below.
 
 The same table gives the same bytes (of one matplotlib version): ids from a fixed salt, no date, text as text. Needs the
 extra `proof`. Knows nothing of what was measured.
@@ -30,13 +30,15 @@ NOTE_WIDTH: Final = 120
 """characters in a line of the note"""
 
 
-def svg_curves(table: Table, columns: Sequence[str] | None = None) -> str:
-    """Each of the `columns` (all when left out) against the labels, a band where figures have intervals.
+def svg_curves(table: Table, against: str, columns: Sequence[str] | None = None) -> str:
+    """Each of the `columns` (all others when left out) against one, a band where figures have intervals.
 
-    `ConfigError` without matplotlib, or when the table has no such column or a label that is no number.
+    The first column can be drawn against where its labels are numbers. `ConfigError` without matplotlib, or when the
+    table has no such column.
     """
-    figures = {name: table.column(name) for name in (table.columns[1:] if columns is None else columns)}
-    across = _numbers(table)
+    names = [name for name in table.columns[1:] if name != against] if columns is None else columns
+    figures = {name: table.column(name) for name in names}
+    across = _numbers(table, against)
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -48,7 +50,7 @@ def svg_curves(table: Table, columns: Sequence[str] | None = None) -> str:
         axes = figure.add_subplot()
         for name, upwards in figures.items():
             _draw(axes, name, across, upwards)
-        axes.set(title=table.title, xlabel=table.columns[0])
+        axes.set(title=table.title, xlabel=against)
         figure.supxlabel(textwrap.fill(table.note, NOTE_WIDTH), fontsize=6)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -57,19 +59,21 @@ def svg_curves(table: Table, columns: Sequence[str] | None = None) -> str:
     return buffer.getvalue()
 
 
-def _numbers(table: Table) -> list[float]:
+def _numbers(table: Table, column: str) -> list[float | None]:
+    if column != table.columns[0]:
+        return [cell.value for cell in table.column(column)]
     try:
         return [float(row.label) for row in table.rows]
     except ValueError as error:
         raise ConfigError(f"table {table.title!r} is no sweep: its labels are no numbers") from error
 
 
-def _draw(axes: Axes, name: str, across: Sequence[float], upwards: Sequence[Cell]) -> None:
+def _draw(axes: Axes, name: str, across: Sequence[float | None], upwards: Sequence[Cell]) -> None:
     """One curve; points without a figure are left out, and the band has no width where one has no interval."""
     points = [
         (x, y.value, y.value if y.low is None else y.low, y.value if y.high is None else y.high)
         for x, y in zip(across, upwards, strict=True)
-        if y.value is not None
+        if x is not None and y.value is not None
     ]
     xs, values, lows, highs = ([point[at] for point in points] for at in range(4))
     (line,) = axes.plot(xs, values, label=name)

@@ -43,8 +43,8 @@ CLIPS: Final = {"taught": ClipConfig(model=EMBEDDED), "contrastive": ClipConfig(
 SHIPPED: Final = FOLDER / "proof_tables.json"
 PAGE: Final = FOLDER / "PROOF.md"
 PAGE_HEAD: Final = (
-    "# The micro world's proof\n\nWritten by `python jobs/evaluate_micro.py --ship`; intervals are 95 %. Evidence about "
-    "how the methods work\non small models and emoji scenes, none about real pictures or large models.\n\n"
+    "# The micro world's proof\n\nWritten by `python jobs/evaluate_micro.py --ship`; intervals are 95 %. Evidence "
+    "about how the methods work\non small models and emoji scenes, none about real pictures or large models.\n\n"
 )
 SWEEP_EACH: Final = 400
 """scenes of each label in the sweep of gamma"""
@@ -115,7 +115,7 @@ def _curves(out: Path, tables: list[Table]) -> list[str]:
     sweeps = {"gamma": "gamma", "threshold": "threshold"}
     for table in tables:
         for column, against in sweeps.items():
-            if against in table.columns[1:]:
+            if against in table.columns:
                 name = "".join(letter if letter.isalnum() else "-" for letter in table.title.lower())[:60]
                 try:
                     (out / f"{name}.svg").write_text(svg_curves(table, column), encoding="utf-8")

@@ -57,8 +57,8 @@ class Shape:
     vision_layers: int = 4
     width: int = 160
     layers: int = 6
-    heads: int = 8
-    key_heads: int = 2
+    heads: int = 4
+    key_heads: int = 4
     vision_features: tuple[int, ...] = (-3, -1)
     """layers of the tower that the projector sees side by side: a middle one knows where, the last one what"""
 

@@ -54,20 +54,27 @@ def attacked_sets(each: int, series: str = "test") -> dict[str, Scenes]:
 
 def attack_table(clip: str, encoder: PatchEncoder, sets: Mapping[str, Scenes]) -> Table:
     """One row an attack and strength, one column a score."""
+    followed = _followed(sets[UNTOUCHED])
     scene_rows = [Row(name, _aurocs(encoder, scenes)) for name, scenes in sets.items()]
     gradient_rows = [
-        Row(f"gradient, {round(255 * radius)}/255", _aurocs_under_gradient(encoder, sets[UNTOUCHED], radius))
+        Row(f"gradient, {round(255 * radius)}/255", _aurocs_under_gradient(encoder, followed, radius))
         for radius in gradient.EPSILONS
     ]
     number = int(sets[UNTOUCHED].unsafe.sum())
     note = (
         f"{number} unsafe and as many benign test scenes, plain style, the same ones in every row. Attacks on the "
         "scene treat the unsafe objects, in benign scenes as many others, so that the treatment itself gives nothing "
-        "away. gradient: "
-        f"{STEPS} steps of projected gradient within the radius, from a random start, on unsafe scenes, each column's "
-        f"against its own score; benign scenes get noise of that radius. {granted(clip)}"
+        f"away. gradient: {STEPS} steps of projected gradient within the radius, from a random start, on the first "
+        f"{int(followed.unsafe.sum())} unsafe scenes, each column's against its own score; benign scenes get noise of "
+        f"that radius. {granted(clip)}"
     )
     return Table(f"Attacks: AUROC, {clip} CLIP", ("attack", *TARGETS), tuple(scene_rows + gradient_rows), note)
+
+
+def _followed(scenes: Scenes) -> Scenes:
+    """All benign scenes, and the first half of the unsafe ones: a gradient costs as much as 30 embeddings."""
+    unsafe, benign = np.flatnonzero(scenes.unsafe), np.flatnonzero(~scenes.unsafe)
+    return scenes.take(np.sort(np.concatenate([unsafe[: (len(unsafe) + 1) // 2], benign])))
 
 
 def _aurocs(encoder: PatchEncoder, scenes: Scenes) -> tuple[Cell, ...]:

@@ -2,7 +2,8 @@
 
     global ...    the picture's embedding alone
     OT ...        a patch's score from transport costs, every entry of `core.transport.PATCH_SCORES`, under both signs
-                  of the entropy weights; the picture's is its lowest. The image distance is min_k d_k
+                  of the entropy weights, and those of one joint plan (core/joint_transport.py); the picture's is its
+                  lowest. The image distance is min_k d_k
     patch ...     the same without transport: the nearest text, and log-odds against the benign anchors
 
 One orientation everywhere: lower = less safe. p(unsafe) stands as log p(safe) - log p(unsafe), which ranks as 1 - p
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from guardalign.core.images import decode
+from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.transport import (
     PATCH_SCORES,
     EntropySign,
@@ -41,6 +43,8 @@ from guardalign.taxonomy import load_taxonomy
 
 DETECTOR: Final = OtDetector()
 """whose temperatures, epsilon and stopping rule every transport score has; its own score is the default one"""
+WITHOUT_TRANSPORT: Final = "safe_probability"
+"""the detector's name for what stands here as log-odds"""
 MAX_PIXELS: Final = 10**6
 PICTURES_AT_ONCE: Final = 64
 
@@ -158,6 +162,14 @@ def transport_score(seen: Seen, name: str, sign: EntropySign) -> Scored:
     return _lowest(PATCH_SCORES[name](plans.conditional_cost, a_NP, anchor_cost_NAP))
 
 
+def joint_score(seen: Seen, name: str) -> Scored:
+    """The entry `name` of `SHARE_SCORES`."""
+    a_NP = patch_weights(seen.patches, seen.concepts.means, seen.logit_scale, DETECTOR.patch_temperature)
+    texts = torch.cat([seen.concepts.means, seen.concepts.anchors])
+    logits_NPT = seen.logit_scale / DETECTOR.softmax_temperature * seen.patches @ texts.T
+    return _lowest(SHARE_SCORES[name](logits_NPT, len(seen.concepts.means), a_NP, DETECTOR.marginal_strength))
+
+
 @functools.lru_cache(maxsize=2)
 def solved(seen: Seen, sign: EntropySign) -> tuple[Transport, Tensor]:
     """Every category's plan, and the patch weights [N, P]; the same numbers as the detector `ot` has."""
@@ -186,14 +198,19 @@ def _transport_scores() -> dict[str, Score]:
         found[transport_name("image distance", sign)] = functools.partial(image_distance, sign=sign)
     for name, sign in itertools.product(names, signs):
         found[transport_name(name, sign)] = functools.partial(transport_score, name=name, sign=sign)
+    for name in SHARE_SCORES:
+        if name != WITHOUT_TRANSPORT:
+            found[transport_name(name)] = functools.partial(joint_score, name=name)
     return found
 
 
-DEFAULT: Final = transport_name(DETECTOR.score, DETECTOR.entropy_sign)
-"""what an audit uses unless told otherwise"""
 GLOBAL_ODDS: Final = "global p(unsafe)"
 PATCH_ODDS: Final = "patch p(unsafe), no transport"
 PATCH_COSINE: Final = "patch max cosine, no transport"
+DEFAULT: Final = (
+    PATCH_ODDS if DETECTOR.score == WITHOUT_TRANSPORT else transport_name(DETECTOR.score, DETECTOR.entropy_sign)
+)
+"""what an audit uses unless told otherwise"""
 SCORES: Final[dict[str, Score]] = {
     "global similarity": global_similarity,
     GLOBAL_ODDS: global_log_odds,

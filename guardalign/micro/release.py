@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from guardalign.errors import InputError
 from guardalign.micro import FOLDER, WEIGHTS
 from guardalign.micro.build import build
 from guardalign.micro.cards import write_cards
@@ -54,10 +55,10 @@ def ship(folder: Path, every_seed: Sequence[int], say: Say = print) -> int:
 
 def rebuild(folder: Path, seed: int, say: Say = print) -> int:
     """A full build of one seed against the shipped figures; 1 when a figure lies outside."""
+    shipped, (spread,) = _shipped(SHIPPED), _shipped(SPREAD)
     found = _measured(folder / f"seed-{seed}", seed, 1.0, MEASURED, say)
-    (spread,) = tables_of(SPREAD.read_text(encoding="utf-8"))
     deviations = {row.label: row.cells[1].value or 0.0 for row in spread.rows}
-    wrong = outside(tables_of(SHIPPED.read_text(encoding="utf-8")), found, deviations)
+    wrong = outside(shipped, found, deviations)
     for sentence in wrong:
         say(f"outside   {sentence}")
     say(f"{len(wrong)} figures lie outside of the shipped intervals widened by the spread between seeds")
@@ -66,8 +67,8 @@ def rebuild(folder: Path, seed: int, say: Say = print) -> int:
 
 def check(folder: Path, seed: int, say: Say = print) -> int:
     """A tenth of the budget: 1 when an effect points the other way, or when none can be told."""
+    shipped = _shipped(SHIPPED)
     found = _measured(folder / f"check-{seed}", seed, CHECK_BUDGET, MEASURED_IN_CHECK, say)
-    shipped = tables_of(SHIPPED.read_text(encoding="utf-8"))
     confirmed, undecided, contradicted = turned_round(shipped[-1], found[-1])
     better = _patches_win(found[0]) == _patches_win(shipped[0])
     for word, sentences in (("confirmed", confirmed), ("undecided", undecided), ("CONTRADICTED", contradicted)):
@@ -76,6 +77,13 @@ def check(folder: Path, seed: int, say: Say = print) -> int:
     say(f"{'confirmed' if better else 'CONTRADICTED':12s}  patches tell unsafe scenes better than the whole picture")
     say(f"{len(confirmed)} effects confirmed, {len(undecided)} undecided, {len(contradicted)} contradicted")
     return 0 if better and confirmed and not contradicted else 1
+
+
+def _shipped(path: Path) -> list[Table]:
+    """Figures in the package; `InputError` where none ship."""
+    if not path.exists():
+        raise InputError(f"the package ships no {path.name} to compare with; --ship writes it")
+    return tables_of(path.read_text(encoding="utf-8"))
 
 
 def _patches_win(detection: Table) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -116,6 +116,14 @@ def test_a_transport_score_is_the_detectors_own(
     torch.testing.assert_close(distance, nearest, atol=1e-5, rtol=1e-5)
 
 
+def test_scores_of_all_texts_at_once_are_the_detectors_own(encoder: PatchEncoder, scenes: Scenes, seen: Seen) -> None:
+    for name, found in ((transport_name("joint"), "joint"), (PATCH_ODDS, "safe_probability")):
+        own = detections(OtDetector(score=cast(Any, found)), encoder, scenes)
+        images = SCORES[name](seen).images
+        expected = torch.tensor([each.image_score for each in own])
+        torch.testing.assert_close(images.sigmoid() if name == PATCH_ODDS else images, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_global_scores_are_the_detectors_own(encoder: PatchEncoder, scenes: Scenes, seen: Seen) -> None:
     similarity, safety = (
         torch.tensor([each.image_score for each in detections(ClipDetector(score=name), encoder, scenes)])
@@ -162,7 +170,9 @@ def test_a_new_formulation_appears_by_itself_where_it_takes_what_the_others_take
 
 
 def test_the_default_is_the_detectors_default() -> None:
-    assert transport_name(OtDetector().score, OtDetector().entropy_sign) == DEFAULT and DEFAULT in SCORES
+    own = OtDetector()
+    assert (PATCH_ODDS if own.score == "safe_probability" else transport_name(own.score, own.entropy_sign)) == DEFAULT
+    assert DEFAULT in SCORES and DEFAULT in TARGETS
 
 
 # -- concepts ----------------------------------------------------------------------------------------------------------

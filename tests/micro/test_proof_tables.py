@@ -39,6 +39,7 @@ SWEEP = Table(
     "Sweep",
     ("threshold", "false alarms", "detected"),
     tuple(Row(str(at / 4), (Cell(at / 8, at / 16, at / 6), Cell(at / 4) if at else NOTHING)) for at in range(5)),
+    "granted: a little",
 )
 
 
@@ -110,24 +111,35 @@ def test_an_auroc_counts_low_scores_as_unsafe() -> None:
 
 
 def test_a_sweep_is_drawn_the_same_way_twice_and_holds_its_words() -> None:
-    drawn = svg_curves(SWEEP)
-    assert drawn == svg_curves(SWEEP)
+    drawn = svg_curves(SWEEP, "threshold")
+    assert drawn == svg_curves(SWEEP, "threshold")
     words = set(ElementTree.fromstring(drawn).itertext())
     assert {"Sweep", "threshold", "false alarms", "detected", "granted: a little"} <= words
     assert not re.search(r"\d{4}-\d\d-\d\d", drawn), "a date"
 
 
 def test_only_the_columns_asked_for_are_drawn() -> None:
-    words = set(ElementTree.fromstring(svg_curves(SWEEP, ["detected"])).itertext())
+    words = set(ElementTree.fromstring(svg_curves(SWEEP, "threshold", ["detected"])).itertext())
     assert "detected" in words and "false alarms" not in words
     with pytest.raises(ConfigError, match="no column 'tau'"):
-        svg_curves(SWEEP, ["tau"])
+        svg_curves(SWEEP, "tau")
     with pytest.raises(ConfigError, match="is no sweep"):
-        svg_curves(TABLE)
+        svg_curves(TABLE, "score")
+
+
+def test_a_sweep_can_be_drawn_against_its_labels_or_against_a_column() -> None:
+    """The same numbers in both places draw the same curve."""
+    doubled = Table(
+        SWEEP.title,
+        ("at", "threshold", *SWEEP.columns[1:]),
+        tuple(Row("x", (Cell(float(row.label)), *row.cells)) for row in SWEEP.rows),
+        SWEEP.note,
+    )
+    assert svg_curves(doubled, "threshold") == svg_curves(SWEEP, "threshold")
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"guardalign\[proof\]") as caught:
-        svg_curves(SWEEP)
+        svg_curves(SWEEP, "threshold")
     assert "\n" not in str(caught.value)
