@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,3 +77,15 @@ def test_one_guard_only_catches_everything() -> None:
         and (node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException"))
     ]
     assert broad == ["guard.py"]
+
+
+def test_everything_beside_the_code_ships_with_the_package() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    globs = project["tool"]["setuptools"]["package-data"]["guardalign"]
+    shipped = {path for glob in globs for path in PACKAGE.glob(glob)}
+    lost = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and path not in shipped
+    ]
+    assert not lost
