@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from guardalign.micro.evaluate import PAGE, SHIPPED, page, readme_block
+from guardalign.micro.tables import tables_of
 from guardalign.schema import RESULT
 from guardalign.settings import recipe_names
 
@@ -43,3 +45,8 @@ def test_ci_runs_the_readmes_test_line() -> None:
     (line,) = (line for line in README.splitlines() if "pytest -q" in line)
     ci = (ROOT / ".ci/run").read_text().replace('"$VENV/bin/', ".venv/bin/").replace('"$VENV"', ".venv")
     assert line in ci.replace('pip"', "pip").replace('python"', "python")
+
+
+def test_the_micro_worlds_tables_are_the_shipped_figures() -> None:
+    assert readme_block(tables_of(SHIPPED.read_text(encoding="utf-8"))) in README
+    assert PAGE.read_text(encoding="utf-8") == page(tables_of(SHIPPED.read_text(encoding="utf-8")))

@@ -36,7 +36,7 @@ from guardalign.micro.proof import (
 from guardalign.micro.proof_answers import conditions
 from guardalign.micro.proof_detection import detection_tables
 from guardalign.micro.release import NUM_CALIBRATION, calibration_rows
-from guardalign.micro.tables import Table, as_json, as_markdown, as_text, tables_of
+from guardalign.micro.tables import Row, Table, as_json, as_markdown, as_text, tables_of
 
 Say = Callable[[str], None]
 CLIPS: Final = {"taught": ClipConfig(model=EMBEDDED), "contrastive": ClipConfig(model=CONTRASTIVE)}
@@ -45,6 +45,26 @@ PAGE: Final = FOLDER / "PROOF.md"
 PAGE_HEAD: Final = (
     "# The micro world's proof\n\nWritten by `python jobs/evaluate_micro.py --ship`; intervals are 95 %. Evidence "
     "about how the methods work\non small models and emoji scenes, none about real pictures or large models.\n\n"
+)
+_AUROC: Final = "AUROC: is an unsafe object in the scene? {} CLIP, {}"
+BRIEF: Final = (
+    (_AUROC.format("taught", "plain"), "all", "taught"),
+    (_AUROC.format("taught", "plain"), "6", "taught, six objects"),
+    (_AUROC.format("taught", "shifted"), "all", "taught, shifted style"),
+    (_AUROC.format("contrastive", "plain"), "all", "contrastive only"),
+)
+"""table, column, and its name in the README"""
+BRIEF_ROWS: Final = (
+    "global similarity",
+    "global p(unsafe)",
+    "OT image distance",
+    "OT printed",
+    "OT mean_cost",
+    "OT min_cost",
+    "OT margin",
+    "OT joint",
+    "patch max cosine, no transport",
+    "patch p(unsafe), no transport",
 )
 SWEEP_EACH: Final = 400
 """scenes of each label in the sweep of gamma"""
@@ -90,6 +110,25 @@ def ship(tables: Sequence[Table]) -> None:
     """Puts these figures into the package."""
     SHIPPED.write_text(as_json(tables), encoding="utf-8")
     PAGE.write_text(page(tables), encoding="utf-8")
+
+
+def readme_block(tables: Sequence[Table]) -> str:
+    """The README's two tables: detection in brief, and the defenses."""
+    by_title = {table.title: table for table in tables}
+    defenses = next(table for title, table in by_title.items() if title.startswith("Defenses"))
+    first, *others = ((by_title[title], column) for title, column, _ in BRIEF)
+    rows = tuple(
+        Row(row.label, tuple(table.cell(row.label, column) for table, column in (first, *others)))
+        for row in first[0].rows
+        if row.label in BRIEF_ROWS
+    )
+    brief = Table(
+        "Is an unsafe object in the scene? AUROC, held-out scenes",
+        ("score", *(name for *_, name in BRIEF)),
+        rows,
+    )
+    short = Table(defenses.title, defenses.columns[:4], tuple(Row(r.label, r.cells[:3]) for r in defenses.rows))
+    return f"{as_markdown(brief)}\n{as_markdown(short)}"
 
 
 def page(tables: Sequence[Table]) -> str:
