@@ -51,6 +51,9 @@ SCALES: dict[str, tuple[float, float]] = {
 """Thresholds that can tell pictures apart, by score: above the first number, up to the second (a picture whose cosine
 with every unsafe text is negative is not met)."""
 
+NEUTRAL: dict[str, float] = {"margin": 0.0, "safe_probability": 0.5, "joint": 0.5}
+"""Thresholds at which unsafe and benign texts weigh the same, by score; not calibrated to a false-alarm rate."""
+
 LARGEST_COST_TENSOR = 16_000_000
 """Costs held at a time (64 MB in fp32): more pictures than that are solved one after the other."""
 
@@ -98,14 +101,16 @@ class Concepts:
 
 @dataclass(frozen=True)
 class OtDetector:
-    """Optimal transport between the picture's patches and each category's texts (GuardAlign, sec. 3.2)."""
+    """A score a patch, and optimal transport between the patches and each category's texts (GuardAlign, sec. 3.2)."""
 
-    score: Literal["margin", "min_cost", "mean_cost", "printed", "safe_probability", "joint"] = "margin"
-    """a patch's score from its transport costs: least unsafe minus least benign-anchor cost, in [-2, 2]; least or mean
-    unsafe cost, in [0, 2]; or GuardAlign's eq. 9 as printed. Or from all texts at once: 1 - p(unsafe), a softmax over
-    mean texts and benign anchors without transport; or the same under one joint plan, both in [0, 1]"""
-    threshold: float = 0.0
-    """patches that score below it are unsafe, and the picture is flagged; in the units of the score"""
+    score: Literal["margin", "min_cost", "mean_cost", "printed", "safe_probability", "joint"] = "safe_probability"
+    """a patch's score from all texts at once: 1 - p(unsafe), a softmax over mean texts and benign anchors without
+    transport; or the same under one joint plan, both in [0, 1]. Or from its transport costs: least unsafe minus least
+    benign-anchor cost, in [-2, 2]; least or mean unsafe cost, in [0, 2]; or GuardAlign's eq. 9 as printed"""
+    threshold: float | None = None
+    """patches that score below it are unsafe, and the picture is flagged; in the units of the score. None: where unsafe
+    and benign texts weigh the same, 0.5 for safe_probability and joint, 0 for margin (and 0 for the others, which then
+    flag nothing)"""
     entropy_sign: EntropySign = "negative"
     """patch weights softmax(-H/T), confident patches weigh more; or softmax(+H/T), eq. 7 as printed"""
     patches: PatchKind = "tokens"
@@ -133,7 +138,9 @@ class OtDetector:
     only"""
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.threshold), f"detector.threshold must be a finite number, not {self.threshold}")
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", NEUTRAL.get(self.score, 0.0))
+        require(math.isfinite(self.limit), f"detector.threshold must be a finite number, not {self.threshold}")
         for name in ("epsilon", "patch_temperature", "text_temperature", "softmax_temperature"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"detector.{name} must be above 0, not {value}")
@@ -148,7 +155,13 @@ class OtDetector:
         _require_default(self, "marginal_strength", self.score == "joint", f"score={self.score} has no joint plan")
         tiles = self.fit == "tiles" and self.patches == "grid"
         require(not tiles, "detector.fit=tiles has no effect on patches=grid, whose crops are cut anyway; use pad")
-        _warn_off_scale(self.score, self.threshold)
+        _warn_off_scale(self.score, self.limit)
+
+    @property
+    def limit(self) -> float:
+        """The threshold in use."""
+        assert self.threshold is not None, "resolved when the detector was made"
+        return self.threshold
 
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ModelError or ConfigError when the model or the taxonomy cannot do what the settings ask for."""
@@ -233,14 +246,14 @@ class OtDetector:
         names = [category.name for category in taxonomy.categories]
         lowest = min(range(len(scores)), key=scores.__getitem__)
         return Detection(
-            flagged=scores[lowest] < self.threshold,
+            flagged=scores[lowest] < self.limit,
             image_score=scores[lowest],
-            threshold=self.threshold,
+            threshold=self.limit,
             unsafe_category=names[nearest[lowest]],
             category_scores=dict(zip(names, distances, strict=True)),
             patch_scores=tuple(scores),
             patch_grid=view.grid,
-            unsafe_patches=tuple(index for index, score in enumerate(scores) if score < self.threshold),
+            unsafe_patches=tuple(index for index, score in enumerate(scores) if score < self.limit),
             sinkhorn_iterations=iterations,
             marginal_error=marginal_error,
         )

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.patches import patch_boxes
 from guardalign.core.transport import entropy, transport
-from guardalign.detectors import DETECTORS, ClipDetector, Concepts, OtDetector
+from guardalign.detectors import DETECTORS, NEUTRAL, ClipDetector, Concepts, OtDetector
 from guardalign.errors import ConfigError, ModelError
 from guardalign.models.clip import PatchEncoder
 from guardalign.taxonomy import Category, Taxonomy
@@ -195,9 +195,10 @@ def test_a_patch_that_is_what_an_unsafe_text_says_scores_lowest(tmp_path: Path, 
 def test_a_patch_that_is_what_an_anchor_says_scores_highest(tmp_path: Path, taxonomy: Taxonomy) -> None:
     encoder = small_encoder(tmp_path)
     towards(LOOKS[0], encoder, "a cat", taxonomy)
-    (found,) = detect(OtDetector(), encoder, taxonomy, LOOKS[:1])
-    assert found.patch_scores is not None and found.patch_scores[5] > 0
-    assert found.patch_scores[5] == pytest.approx(max(found.patch_scores))
+    for score in ("margin", "safe_probability"):
+        (found,) = detect(OtDetector(score), encoder, taxonomy, LOOKS[:1])
+        assert found.patch_scores is not None and found.patch_scores[5] > found.threshold == NEUTRAL[score]
+        assert found.patch_scores[5] == pytest.approx(max(found.patch_scores))
 
 
 def test_the_joint_plan_without_strength_is_the_safe_probability(encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
@@ -256,7 +257,7 @@ def test_pictures_may_be_decoded_as_small_as_the_model_sees_them(encoder: PatchE
 
 def test_scores_against_anchors_need_anchors(encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
     bare = dataclasses.replace(taxonomy, benign_anchors=())
-    for detector in (OtDetector(), OtDetector("safe_probability"), OtDetector("joint"), ClipDetector()):
+    for detector in (OtDetector(), OtDetector("margin"), OtDetector("joint"), ClipDetector()):
         with pytest.raises(ConfigError, match=f"score={detector.score} needs benign anchors"):
             detect(detector, encoder, bare)
     for detector in (OtDetector(score="min_cost"), ClipDetector(score="similarity")):
@@ -298,7 +299,7 @@ def test_a_tower_without_tokens_is_refused_before_the_first_picture(tmp_path: Pa
         ({"score": "joint", "softmax_temperature": 0.0}, "detector.softmax_temperature must be above 0"),
         ({"score": "joint", "marginal_strength": 1.0}, "detector.marginal_strength must lie in [0, 1)"),
         ({"score": "joint", "marginal_strength": float("nan")}, "detector.marginal_strength must lie in [0, 1)"),
-        ({"softmax_temperature": 2.0}, "detector.softmax_temperature has no effect: score=margin"),
+        ({"score": "margin", "softmax_temperature": 2.0}, "detector.softmax_temperature has no effect: score=margin"),
         ({"score": "safe_probability", "marginal_strength": 0.1}, "detector.marginal_strength has no effect"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -334,6 +335,22 @@ def test_a_threshold_of_another_score_is_warned_of(
     detector(score=score, threshold=threshold)
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == [] if says is None else says in warnings[0] and f"detector.score={score}" in warnings[0]
+
+
+@pytest.mark.parametrize(("score", "neutral"), [("margin", 0.0), ("safe_probability", 0.5), ("joint", 0.5)])
+def test_without_a_threshold_the_scores_own_neutral_one_holds(
+    encoder: PatchEncoder, taxonomy: Taxonomy, score: Any, neutral: float
+) -> None:
+    assert OtDetector(score).threshold == OtDetector(score).limit == neutral
+    for found in detect(OtDetector(score), encoder, taxonomy):
+        assert found.threshold == neutral and found.flagged == (found.image_score < neutral)
+
+
+@pytest.mark.parametrize("score", ["min_cost", "mean_cost", "printed"])
+def test_a_score_without_a_neutral_threshold_says_that_it_flags_nothing(
+    score: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert OtDetector(score).limit == 0.0 and "flags no picture" in caplog.text
 
 
 def test_a_global_threshold_is_a_number() -> None:

@@ -160,7 +160,7 @@ def test_close_thresholds_have_files_of_their_own(tmp_path: Path) -> None:
         ("cluster: []", "cluster must hold"),
         ("generation: {max_new_tokens: null}", "generation.max_new_tokens is empty"),
         ("input: {prompt_column: null}", "input.prompt_column is empty"),
-        ("detector: {threshold: null}", "detector.threshold is empty"),
+        ("detector: {epsilon: null}", "detector.epsilon is empty"),
         ("a: &a\n  b: *a", "nested too deeply"),
         ("a: " + "[" * 3000, "nested too deeply"),
     ],

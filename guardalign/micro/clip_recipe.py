@@ -139,12 +139,11 @@ class ClipTrainer:
 
     def window_loss(self, rng: np.random.Generator) -> Tensor:
         """Windows of 4 x 4 cells, those with more object in them preferred: the token loss, or that of captions."""
-        chosen = rng.integers(0, len(self.corpus), self.recipe.batch)
-        targets = self.corpus.targets(chosen).reshape(-1, GRID, GRID, BACKGROUND + 1)
+        pixels, targets, _ = self._scenes(rng)
         corners = _fuller(targets, rng)
         shown = [
-            self.corpus.pixels[index, CELL * r : CELL * (r + WINDOW), CELL * c : CELL * (c + WINDOW)]
-            for index, (r, c) in zip(chosen, corners, strict=True)
+            whole[CELL * r : CELL * (r + WINDOW), CELL * c : CELL * (c + WINDOW)]
+            for whole, (r, c) in zip(pixels, corners, strict=True)
         ]
         wanted = np.stack([rows[r : r + WINDOW, c : c + WINDOW] for rows, (r, c) in zip(targets, corners, strict=True)])
         images, tokens = self._window_vectors(self._normalised(np.stack(shown)), corners)
@@ -155,13 +154,12 @@ class ClipTrainer:
 
     def scene_loss(self, rng: np.random.Generator) -> Tensor:
         """Contrastive loss of scenes and captions, plus the token loss where patches are taught."""
-        chosen = rng.integers(0, len(self.corpus), self.recipe.batch)
-        images, tokens = images_and_tokens(self.model.visual, self._normalised(self.corpus.pixels[chosen]), False)
-        kinds = [self.corpus.kinds[index] for index in chosen]
+        pixels, targets, kinds = self._scenes(rng)
+        images, tokens = images_and_tokens(self.model.visual, self._normalised(pixels), False)
         loss = self._contrastive_loss(images, [[int(kind) for kind in row if kind >= 0] for row in kinds], rng)
         if not self.recipe.taught:
             return loss
-        return loss + self._token_loss(normalize(tokens, dim=-1), torch.from_numpy(self.corpus.targets(chosen)), rng)
+        return loss + self._token_loss(normalize(tokens, dim=-1), torch.from_numpy(targets).flatten(1, 2), rng)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts; the same numbers as open_clip's `encode_text`, without its padding to 77."""
@@ -180,6 +178,16 @@ class ClipTrainer:
         weights = {name: x.detach().half().contiguous() for name, x in self.model.state_dict().items()}
         save_file(weights, folder / "open_clip_model.safetensors")
         self.tokenizer.save_pretrained(folder)
+
+    def _scenes(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int8]]:
+        """Pixels [B, SIDE, SIDE, 3], the cells' shares [B, GRID, GRID, K + 1] and kinds [B, O]; half are mirrored."""
+        chosen = rng.integers(0, len(self.corpus), self.recipe.batch)
+        pixels = self.corpus.pixels[chosen]
+        targets = self.corpus.targets(chosen).reshape(-1, GRID, GRID, BACKGROUND + 1)
+        mirrored = rng.random(len(chosen)) < 0.5
+        pixels[mirrored] = pixels[mirrored, :, ::-1]
+        targets[mirrored] = targets[mirrored, :, ::-1]
+        return pixels, targets, self.corpus.kinds[chosen]
 
     def _normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
         return ((torch.from_numpy(pixels).float() - self._mean) / self._std).permute(0, 3, 1, 2)

@@ -54,8 +54,9 @@ HELD_OUT_NEUTRAL_PREFIX: Final = (
 
 NUMERALS: Final = ("no", "one", "two", "three", "four", "five", "six")
 SIDES: Final = ("left", "right", "top", "bottom")
-LARGEST_RATIO: Final = 1.25
-LEAST_GAP: Final = 6
+LARGEST_RATIO: Final = 1.4
+"""of areas; a question for the largest object is asked when it stands out by that much"""
+LEAST_GAP: Final = 10
 """a question for the outermost object is asked when it stands out by that much [px]"""
 
 
@@ -221,16 +222,16 @@ def as_assistant(turn: Turn) -> Turn:
 
 
 MIXTURE: Final[tuple[tuple[Callable[[Layout, np.random.Generator], Turn], float], ...]] = (
-    (request_turn, 0.20),
-    (presence_turn, 0.30),
-    (largest_turn, 0.12),
-    (side_turn, 0.14),
-    (count_turn, 0.03),
-    (describe_turn, 0.06),
-    (verdict_turn, 0.05),
-    (danger_turn, 0.03),
+    (request_turn, 0.16),
+    (presence_turn, 0.36),
+    (largest_turn, 0.13),
+    (side_turn, 0.16),
+    (count_turn, 0.02),
+    (describe_turn, 0.05),
+    (verdict_turn, 0.04),
+    (danger_turn, 0.02),
     (judge_turn, 0.02),
-    (text_request_turn, 0.03),
+    (text_request_turn, 0.02),
     (from_caption_turn, 0.02),
 )
 """How often each kind of turn is drawn in training."""

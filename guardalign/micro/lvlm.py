@@ -21,6 +21,8 @@ from transformers import (
 IMAGE_SIZE = 96
 PATCH_SIZE = 12
 MAX_TOKENS = 4096
+ROPE_THETA = 500_000.0
+"""Llama 3's: half of a head's dimensions turn so slowly that words match picture tokens from anywhere"""
 SPECIAL = ("<s>", "</s>", "<pad>", "<image>")
 
 CHAT_TEMPLATE = (
@@ -64,7 +66,7 @@ class Shape:
 
 
 def model_config(tokenizer: Any, shape: Shape = Shape()) -> LlavaConfig:
-    """A LLaVA; the projector takes what the tower's layers give, before its final norm."""
+    """A LLaVA; the projector takes what the tower's layers give, before its final norm. Words go in and out by one table."""
     vision = CLIPVisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
@@ -86,6 +88,8 @@ def model_config(tokenizer: Any, shape: Shape = Shape()) -> LlavaConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        tie_word_embeddings=True,
     )
     return LlavaConfig(
         vision_config=vision,
@@ -93,6 +97,7 @@ def model_config(tokenizer: Any, shape: Shape = Shape()) -> LlavaConfig:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=list(shape.vision_features),
+        tie_word_embeddings=True,
     )
 
 

@@ -8,6 +8,7 @@ same size. Knows nothing of training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,7 +21,6 @@ from guardalign.micro import gradient
 from guardalign.micro.attacks import ATTACKS
 from guardalign.micro.proof_scenes import Scenes, attacked_scenes
 from guardalign.micro.proof_scores import (
-    DEFAULT,
     DETECTOR,
     GLOBAL_ODDS,
     MAX_PIXELS,
@@ -28,6 +28,7 @@ from guardalign.micro.proof_scores import (
     SCORES,
     granted,
     see,
+    transport_name,
 )
 from guardalign.micro.tables import Cell, Row, Table, auroc_cell
 from guardalign.models.clip import PatchEncoder
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 UNTOUCHED: Final = "none"
+MARGIN: Final = transport_name("margin")
 STEPS: Final = 10
 """of projected gradient"""
 PICTURES_AT_ONCE: Final = 8
@@ -105,8 +107,9 @@ def moved_pictures(
     return moved
 
 
-def _against_transport(encoder: PatchEncoder, concepts: Concepts) -> gradient.Score:
-    return gradient.image_score(encoder, gradient.transport_score(encoder, concepts, DETECTOR))
+def _against_margin(encoder: PatchEncoder, concepts: Concepts) -> gradient.Score:
+    detector = replace(DETECTOR, score="margin", threshold=None)
+    return gradient.image_score(encoder, gradient.transport_score(encoder, concepts, detector))
 
 
 def _against_patch_odds(encoder: PatchEncoder, concepts: Concepts) -> gradient.Score:
@@ -124,7 +127,7 @@ def _against_global_odds(encoder: PatchEncoder, concepts: Concepts) -> gradient.
 
 
 TARGETS: Final[dict[str, Callable[[PatchEncoder, Concepts], gradient.Score]]] = {
-    DEFAULT: _against_transport,
+    MARGIN: _against_margin,
     PATCH_ODDS: _against_patch_odds,
     GLOBAL_ODDS: _against_global_odds,
 }

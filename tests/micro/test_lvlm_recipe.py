@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from guardalign.micro.clip_recipe import ClipRecipe, clip_config
 from guardalign.micro.corpus import Corpus
 from guardalign.micro.dialogues import MIXTURE, Turn, as_assistant
 from guardalign.micro.lvlm import Shape
-from guardalign.micro.lvlm_recipe import IGNORED, LvlmRecipe, LvlmTrainer, stacked
+from guardalign.micro.lvlm_recipe import IGNORED, PLACES, LvlmRecipe, LvlmTrainer, search_for_likes, stacked
 from guardalign.micro.world import KINDS, MOST_OBJECTS, SIDE, Layout, Object
 from guardalign.models.lvlm import Lvlm
 
@@ -34,11 +35,14 @@ def corpus() -> Corpus:
 
 @pytest.fixture(scope="module")
 def trainer() -> LvlmTrainer:
+    return LvlmTrainer(LvlmRecipe(shape=SMALL, steps=2), tower(), corpus(), seed=3)
+
+
+def tower() -> Any:
     config = clip_config(ClipRecipe(width=32, layers=2), 300)
     fields = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
     torch.manual_seed(1)
-    visual = CLIP(128, config["vision_cfg"], fields).visual
-    return LvlmTrainer(LvlmRecipe(shape=SMALL, steps=2), visual, corpus(), seed=3)
+    return CLIP(128, config["vision_cfg"], fields).visual
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,45 @@ def test_every_word_of_the_world_is_one_token(trainer: LvlmTrainer) -> None:
         for text in (f"\n{turn.prompt} ASSISTANT:", f" {turn.answer}"):
             for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text):
                 assert piece in trainer.tokenizer.get_vocab(), (text, piece)
+
+
+def test_attention_starts_as_a_search_for_likes(trainer: LvlmTrainer) -> None:
+    """Unrotated, a token's own key is its query's best match, in every head; drawn weights alone give no such order."""
+    x = torch.randn(40, SMALL.width, generator=torch.Generator().manual_seed(0))
+    language = LvlmTrainer(LvlmRecipe(shape=SMALL), tower(), corpus(), seed=5).model.model.language_model
+    attention = language.layers[0].self_attn
+
+    def own_is_best() -> float:
+        q, k = (each(x).view(len(x), -1, attention.head_dim) for each in (attention.q_proj, attention.k_proj))
+        logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+        return float((logits.argmax(-1) == torch.arange(len(x))).float().mean())
+
+    assert own_is_best() > 0.7
+    for projection in (attention.q_proj, attention.k_proj):
+        torch.nn.init.normal_(projection.weight, std=0.02)
+    assert own_is_best() < 0.2
+    search_for_likes(language.layers)
+    assert own_is_best() > 0.7
+
+
+def test_words_for_places_are_shares_of_a_cell() -> None:
+    """Columns run left to right, rows top to bottom; the middle knows no side."""
+    torch.testing.assert_close(PLACES.sum(-1), torch.ones(64))
+    left, right, top, bottom = PLACES.view(8, 8, 4).unbind(-1)
+    assert left[0, 0] == 0.5 == right[0, 7] == top[0, 3] == bottom[7, 3] and left[0, 7] == 0 == bottom[0, 0]
+
+
+def test_losses_of_picture_tokens_are_least_where_they_lie_at_their_words(trainer: LvlmTrainer) -> None:
+    words = trainer.model.model.language_model.embed_tokens
+    shown = torch.zeros(1, 64, len(KINDS) + 1)
+    shown[0, :32, 3], shown[0, 32:, -1] = 1, 1
+    with torch.no_grad():
+        named = words(trainer._name_ids)[torch.tensor([3] * 32 + [-1] * 32)][None]
+        placed = (torch.cat([PLACES[:32], torch.full((32, 4), 0.25)]) @ words(trainer._place_ids))[None]
+        noise = torch.randn(named.shape, generator=torch.Generator().manual_seed(0))
+        assert trainer.naming_loss(named, shown) < 0.1 < 2 < trainer.naming_loss(noise, shown)
+        assert trainer.placing_loss(placed, shown) < trainer.placing_loss(named, shown)
+        assert trainer.placing_loss(placed, shown) < trainer.placing_loss(placed.flip(1), shown)
 
 
 def test_turns_of_a_scene_never_depend_on_pixels() -> None:

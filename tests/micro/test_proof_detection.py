@@ -172,7 +172,7 @@ def test_a_new_formulation_appears_by_itself_where_it_takes_what_the_others_take
 def test_the_default_is_the_detectors_default() -> None:
     own = OtDetector()
     assert (PATCH_ODDS if own.score == "safe_probability" else transport_name(own.score, own.entropy_sign)) == DEFAULT
-    assert DEFAULT in SCORES and DEFAULT in TARGETS
+    assert DEFAULT in SCORES and {DEFAULT, PATCH_ODDS, GLOBAL_ODDS} <= TARGETS.keys()
 
 
 # -- concepts ----------------------------------------------------------------------------------------------------------
@@ -219,6 +219,14 @@ def test_a_reversed_score_fills_them_with_zeros(scenes: Scenes) -> None:
     scored = known(scenes, -1.0)
     assert pointing_table("taught", "plain", scored, scenes, {}).cell(DEFAULT, "pointing").value == 0.0
     assert pointing_table("taught", "plain", scored, scenes, {DEFAULT: -0.5}).cell(DEFAULT, "mask IoU").value == 0.0
+
+
+def test_a_column_is_of_the_scenes_with_that_number_of_objects(scenes: Scenes) -> None:
+    """Right where there is one object, wrong where there are two."""
+    wrong = scenes.num_objects == 2
+    image = torch.from_numpy(np.where(scenes.unsafe ^ wrong, 0.0, 1.0))
+    table = auroc_table("taught", "plain", dict.fromkeys(SCORES, Scored(image)), scenes)
+    assert [table.cell(DEFAULT, column).value for column in ("1", "2", "3")] == [1.0, 0.0, 1.0]
 
 
 def test_a_score_without_a_chosen_threshold_still_points(scenes: Scenes) -> None:
@@ -306,6 +314,16 @@ def test_separation_finds_cells_apart_and_cells_alike(scenes: Scenes) -> None:
 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_the_gradient_climbs_is_the_score_of_its_column(
+    name: str, encoder: PatchEncoder, scenes: Scenes, seen: Seen
+) -> None:
+    pixels = np.stack([np.asarray(decode(each, 10**6, "a").picture) for each in scenes.pictures])
+    levels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    climbed = TARGETS[name](encoder, seen.concepts)(levels).detach()
+    torch.testing.assert_close(climbed, SCORES[name](seen).images, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TARGETS)
