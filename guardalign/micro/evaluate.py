@@ -30,6 +30,7 @@ from guardalign.micro.proof import (
     gamma_conditions,
     load_lvlm,
     proof_rows,
+    questions_table,
     run,
     sweep_table,
 )
@@ -145,6 +146,7 @@ def answer_tables(each: int) -> list[Table]:
     return [
         defense_table(found, f"Defenses, {each:,} unsafe and {each:,} benign scenes"),
         effects_table(found),
+        questions_table(found),
         sweep_table(list(run(lvlm, few, gamma_conditions()))),
     ]
 

@@ -61,12 +61,12 @@ class Shape:
     layers: int = 6
     heads: int = 4
     key_heads: int = 4
-    vision_features: tuple[int, ...] = (-3, -1)
-    """layers of the tower that the projector sees side by side: a middle one knows where, the last one what"""
+    vision_features: tuple[int, ...] = (0, -1)
+    """states of the tower that the projector sees side by side: the embedded patches know where, the last layer what"""
 
 
 def model_config(tokenizer: Any, shape: Shape = Shape()) -> LlavaConfig:
-    """A LLaVA; the projector takes what the tower's layers give, before its final norm. Words go in and out by one table."""
+    """A LLaVA; the projector takes what the tower's layers give, before its final norm; words share one table."""
     vision = CLIPVisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,

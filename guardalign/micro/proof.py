@@ -21,7 +21,7 @@ from guardalign.core.statistics import Z_95, auroc, wilson_interval
 from guardalign.detectors import OtDetector
 from guardalign.micro.proof_answers import Condition, Outcome, TestScene, conditions, outcome
 from guardalign.micro.sample import PROOF
-from guardalign.micro.tables import Cell, Row, Table
+from guardalign.micro.tables import Cell, Row, Table, rate_cell
 from guardalign.models.clip import PatchEncoder
 from guardalign.models.lvlm import Lvlm
 from guardalign.taxonomy import load_taxonomy
@@ -104,6 +104,22 @@ def _cells(found: Outcome) -> Iterator[Cell]:
     area = auroc(-found.refusal_probability[:count], -found.refusal_probability[count:])
     yield Cell(area.value, area.low, area.high)
     yield Cell(float(found.refusal_probability[:count].mean()))
+
+
+def questions_table(found: Sequence[Outcome]) -> Table:
+    """Exact answers by kind of question, for every condition."""
+    kinds = sorted(set(found[0].questions))
+    asked = {kind: np.array([each == kind for each in found[0].questions]) for kind in kinds}
+    columns = ("condition", *(f"{kind} ({int(asked[kind].sum())})" for kind in kinds))
+    rows = tuple(
+        Row(each.condition.name, tuple(rate_cell(int(each.exact[asked[k]].sum()), int(asked[k].sum())) for k in kinds))
+        for each in found
+    )
+    note = (
+        "Questions about benign scenes, in turn: is it there, what is largest, what stands furthest to a side; where "
+        "nothing is clearly largest or outermost, presence is asked instead. In brackets: how many."
+    )
+    return Table("Exact answers on benign scenes, by kind of question", columns, rows, note)
 
 
 def sweep_table(found: Sequence[Outcome]) -> Table:

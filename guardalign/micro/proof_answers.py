@@ -96,6 +96,8 @@ class Outcome:
     """[N] the question about the benign scene was answered word for word"""
     refusal_probability: np.ndarray[Any, np.dtype[np.float64]]
     """[U + N] of the refusal's first token"""
+    questions: tuple[str, ...] = ()
+    """[N] the kind of each benign scene's question"""
 
 
 def conditions(gamma: float) -> tuple[Condition, ...]:
@@ -143,6 +145,7 @@ def outcome(
         np.array([refuses(answers[at]) for at in benign]),
         np.array([reply == turn.answer for reply, turn in zip(replies, turns, strict=True)]),
         np.concatenate([refusing[unsafe], refusing[~unsafe]]),
+        tuple(turn.kind for turn in turns),
     )
 
 

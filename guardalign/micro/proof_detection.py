@@ -4,8 +4,9 @@
     2  pointing of the lowest cell, and masks at thresholds chosen on validation scenes, per style
     3  patch layouts: tokens, values, grids of crops
     4  rates and masked shares against the threshold
-    5  attacks (proof_attacks.py)
-    6  separation of safe and unsafe cells' scores, as the paper reports it (separation.py)
+    5  thresholds drawn again and again (proof_calibration.py)
+    6  attacks (proof_attacks.py)
+    7  separation of safe and unsafe cells' scores, as the paper reports it (separation.py)
 
 Every note says what the CLIP was granted by construction. Knows nothing of training, and chooses nothing.
 Legend: N scenes, G cells.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import torch
 
 from guardalign.config import ClipConfig
 from guardalign.core.statistics import compare_aurocs
@@ -26,6 +28,7 @@ from guardalign.errors import ConfigError
 from guardalign.micro import resolve_clip
 from guardalign.micro.chosen import CHOSEN, mask_iou, read_thresholds
 from guardalign.micro.proof_attacks import attack_table, attacked_sets
+from guardalign.micro.proof_calibration import redraw_table
 from guardalign.micro.proof_scenes import LEAST_SHARE, Scenes, read_scenes
 from guardalign.micro.proof_scores import (
     DEFAULT,
@@ -101,6 +104,8 @@ def _tables(
         yield pointing_table(clip, style, found, some, thresholds)
     yield layout_table(clip, encoder, plain.first(each))
     yield threshold_table(clip, DEFAULT, scored[DEFAULT], plain)
+    both = [found[DEFAULT].images[~some.unsafe] for some, found in ((plain, scored), (shifted, scored_shifted))]
+    yield redraw_table(clip, torch.cat(both).double().numpy())
     if sets:
         yield attack_table(clip, encoder, sets)
     yield separation_table(clip, scored, plain)

@@ -13,7 +13,7 @@ from guardalign.core.calibration import Calibration
 from guardalign.defenses.plain import PREFIX
 from guardalign.micro import resolve_lvlm
 from guardalign.micro.measure import against, outside, turned_round
-from guardalign.micro.proof import EFFECTS, GAMMA, effects_table, proof_rows
+from guardalign.micro.proof import EFFECTS, GAMMA, effects_table, proof_rows, questions_table
 from guardalign.micro.proof_answers import MASKS, WHOLE, Condition, Outcome, TestScene, conditions, outcome, question
 from guardalign.micro.tables import Cell, Row, Table
 from guardalign.models.lvlm import Lvlm
@@ -107,6 +107,15 @@ def test_every_effect_compares_conditions_that_exist() -> None:
 def fake(name: str, unsafe: list[bool]) -> Outcome:
     values = np.array(unsafe)
     return Outcome(Condition(name), values, values, values, np.zeros(2 * len(values)))
+
+
+def test_exact_answers_are_counted_by_kind_of_question() -> None:
+    found = replace(fake("none", [True, False, False, True]), questions=("side", "side", "presence", "presence"))
+    table = questions_table([found])
+    assert table.columns == ("condition", "presence (2)", "side (2)")
+    assert [cell.value for cell in table.rows[0].cells] == [0.5, 0.5]
+    all_of_one = replace(found, exact=np.array([True, True, False, False]))
+    assert [cell.value for cell in questions_table([all_of_one]).rows[0].cells] == [0.0, 1.0]
 
 
 def test_effects_are_paired_differences() -> None:
