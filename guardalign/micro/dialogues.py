@@ -222,8 +222,8 @@ def as_assistant(turn: Turn) -> Turn:
 
 
 MIXTURE: Final[tuple[tuple[Callable[[Layout, np.random.Generator], Turn], float], ...]] = (
-    (request_turn, 0.16),
-    (presence_turn, 0.36),
+    (request_turn, 0.14),
+    (presence_turn, 0.38),
     (largest_turn, 0.13),
     (side_turn, 0.16),
     (count_turn, 0.02),

@@ -1,7 +1,7 @@
-"""How the micro LVLM is trained: LLaVA's own class over the taught micro CLIP's tower, which goes on learning.
+"""How the micro LVLM is trained: LLaVA's own class over the taught micro CLIP's frozen tower.
 
-The CLIP's patches forget where they stand (its token loss rewards that): questions of left and right want the tower's
-own positions back, so it is not frozen.
+The CLIP's patches forget where they stand (its token loss rewards that), and no question of left and right could be
+answered from them: the tower's positions get two ramps, across and down, before they are frozen (`with_ramps`).
 
 Several turns about one scene are packed into one row: the picture's tokens stand once, every turn sees them and itself,
 nothing else, at the positions that it would have alone. Learnt are answers, and, granted by construction as the CLIP's
@@ -45,6 +45,9 @@ SHARED: Final = 0
 PADDING: Final = -1
 NAMING_SCALE: Final = 10.0
 """on cosines between picture tokens and words"""
+POSITIONS: Final = "embeddings.position_embedding.weight"
+RAMP: Final = 0.5
+"""spread of a ramp's direction at the picture's edge; the CLIP's own positions have 0.1, embedded patches 1"""
 _STEPS: Final = torch.linspace(0, 1, GRID)
 _COLUMN, _ROW = _STEPS.repeat(GRID), _STEPS.repeat_interleave(GRID)
 PLACES: Final = torch.stack([1 - _COLUMN, _COLUMN, 1 - _ROW, _ROW], dim=-1) / 2
@@ -87,7 +90,8 @@ class LvlmTrainer:
         self.recipe, self.corpus, self.seed = recipe, corpus, seed
         self.tokenizer = world_tokenizer()
         self.model = LlavaForConditionalGeneration(model_config(self.tokenizer, recipe.shape))
-        self.model.model.vision_tower.load_state_dict(tower_weights(visual.state_dict()))
+        self.model.model.vision_tower.load_state_dict(with_ramps(tower_weights(visual.state_dict())))
+        self.model.model.vision_tower.requires_grad_(False)
         search_for_likes(self.model.model.language_model.layers)
         self.packer = Packer(self.tokenizer)
         names = [f" {word}" for word in (*(kind.nouns[0] for kind in KINDS), "nothing")]
@@ -150,7 +154,8 @@ class LvlmTrainer:
 
     def _image_features(self, pixels: NDArray[np.uint8]) -> Tensor:
         seen = ((torch.from_numpy(pixels).float() - self._mean) / self._std).permute(0, 3, 1, 2)
-        layers = self.model.model.vision_tower(seen, output_hidden_states=True).hidden_states
+        with torch.no_grad():
+            layers = self.model.model.vision_tower(seen, output_hidden_states=True).hidden_states
         features = torch.cat([layers[at][:, 1:] for at in self.recipe.shape.vision_features], dim=-1)
         return self.model.model.multi_modal_projector(features)
 
@@ -250,7 +255,7 @@ def tower_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     named = {
         "embeddings.class_embedding": weights["class_embedding"],
         "embeddings.patch_embedding.weight": weights["conv1.weight"],
-        "embeddings.position_embedding.weight": weights["positional_embedding"],
+        POSITIONS: weights["positional_embedding"],
     }
     for norm, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
         named |= {f"{theirs}.{part}": weights[f"{norm}.{part}"] for part in ("weight", "bias")}
@@ -258,6 +263,13 @@ def tower_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for block in blocks:
         named |= _block_weights(weights, block)
     return {name: x.detach().clone() for name, x in named.items()}
+
+
+def with_ramps(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """To each cell's position -1 .. 1 times one random direction for its column, and another for its row."""
+    across, down = RAMP * torch.randn(2, weights[POSITIONS].shape[1])
+    ramps = (2 * _COLUMN - 1)[:, None] * across + (2 * _ROW - 1)[:, None] * down
+    return weights | {POSITIONS: torch.cat([weights[POSITIONS][:1], weights[POSITIONS][1:] + ramps])}
 
 
 def _block_weights(weights: dict[str, Tensor], block: str) -> dict[str, Tensor]:

@@ -239,4 +239,4 @@ def _counted(scenes: Scenes) -> str:
 def _called(style: str) -> str:
     if style == PLAIN.name:
         return "drawn as in training"
-    return "in rotations, hues and mirror images that training never drew"
+    return "in rotations and hues that training never drew, half of their objects mirrored"

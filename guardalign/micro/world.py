@@ -113,7 +113,7 @@ class Style:
 
 PLAIN: Final = Style("plain", tuple(range(-20, 21, 5)), (-0.03, 0.0, 0.03), mirrored=False)
 SHIFTED: Final = Style("shifted", (-35, -30, -25, 25, 30, 35), (-0.07, -0.05, 0.05, 0.07), mirrored=True)
-"""rotations, hues and mirror images outside of everything that training draws"""
+"""rotations and hues outside of everything that training draws; it mirrors whole scenes, never one object in them"""
 
 
 @dataclass(frozen=True)
