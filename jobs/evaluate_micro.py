@@ -26,7 +26,7 @@ def main() -> None:
     hide_progress_bars()
     tables = evaluate(given.output, given.scenes, attacks=not given.no_attacks)
     if given.ship:
-        ship(tables)
+        ship(tables, given.scenes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ nothing of training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +38,8 @@ from guardalign.micro.proof import (
 )
 from guardalign.micro.proof_answers import conditions
 from guardalign.micro.proof_detection import detection_tables
-from guardalign.micro.release import NUM_CALIBRATION, calibration_rows
+from guardalign.micro.proof_scores import DEFAULT
+from guardalign.micro.release import NUM_CALIBRATION, calibration_rows, log_opening
 from guardalign.micro.tables import Row, Table, as_json, as_markdown, as_text, tables_of
 
 Say = Callable[[str], None]
@@ -56,6 +58,12 @@ BRIEF: Final = (
     (_AUROC.format("contrastive", "plain"), "all", "contrastive only"),
 )
 """table, column, and its name in the README"""
+ATTACKS: Final = "Attacks: AUROC, taught CLIP"
+CURVES: Final = {
+    FOLDER / "curve-gamma.svg": ("Prefix and calibration against gamma", "gamma"),
+    FOLDER / "curve-threshold.svg": (f"{DEFAULT} against its threshold, taught", "threshold"),
+}
+"""file -> how the table's title begins, and the column across"""
 BRIEF_ROWS: Final = (
     "global similarity",
     "global p(unsafe)",
@@ -108,14 +116,18 @@ def _alike(table: Table, other: Table | None) -> bool:
     return other is not None and other.columns == table.columns and [row.label for row in other.rows] == labels
 
 
-def ship(tables: Sequence[Table]) -> None:
-    """Puts these figures into the package."""
+def ship(tables: Sequence[Table], each: int) -> None:
+    """Puts these figures and the two curves of the README into the package, and the opening into the build log."""
     SHIPPED.write_text(as_json(tables), encoding="utf-8")
     PAGE.write_text(page(tables), encoding="utf-8")
+    for path, (title, against) in CURVES.items():
+        table = next(table for table in tables if table.title.startswith(title))
+        path.write_text(svg_curves(replace(table, note=""), against), encoding="utf-8")
+    log_opening(what="every table of the proof, seed 0, as shipped", scenes_each=each)
 
 
 def readme_block(tables: Sequence[Table]) -> str:
-    """The README's two tables: detection in brief, and the defenses."""
+    """The README's tables: detection in brief, attacks, and the defenses."""
     by_title = {table.title: table for table in tables}
     defenses = next(table for title, table in by_title.items() if title.startswith("Defenses"))
     first, *others = ((by_title[title], column) for title, column, _ in BRIEF)
@@ -130,7 +142,8 @@ def readme_block(tables: Sequence[Table]) -> str:
         rows,
     )
     short = Table(defenses.title, defenses.columns[:4], tuple(Row(r.label, r.cells[:3]) for r in defenses.rows))
-    return f"{as_markdown(brief)}\n{as_markdown(short)}"
+    attacks = [replace(table, note="") for title, table in by_title.items() if title.startswith(ATTACKS)]
+    return "\n".join(as_markdown(table) for table in (brief, *attacks, short))
 
 
 def page(tables: Sequence[Table]) -> str:

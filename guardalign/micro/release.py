@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -98,7 +98,7 @@ def _measured(folder: Path, seed: int, budget: float, each: int, say: Say) -> li
     say(f"seed {seed}, budget {budget:g}: built in {seconds / 60:.1f} min (0 when it was there)")
     figures = folder / f"metrics-{each}.json"
     if not figures.exists():
-        _log({"opened": "test", "seed": seed, "budget": budget, "scenes_each": each, "build_seconds": round(seconds)})
+        log_opening(seed=seed, budget=budget, scenes_each=each, build_seconds=round(seconds))
         figures.write_text(as_json(measure(folder, each, calibration_rows(NUM_CALIBRATION))), encoding="utf-8")
     found = tables_of(figures.read_text(encoding="utf-8"))
     for table in found:
@@ -112,7 +112,8 @@ def calibration_rows(count: int) -> list[dict[str, Any]]:
     return [row_of(scene, PLAIN, f"validation-{number}", "") for number, scene in drawn if not scene.unsafe]
 
 
-def _log(entry: Mapping[str, Any]) -> None:
-    line = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "guardalign": VERSION} | dict(entry)
+def log_opening(**entry: Any) -> None:
+    """One line more in the build log: the test scenes were opened, today, for this."""
+    line = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "guardalign": VERSION, "opened": "test"} | entry
     with LOG.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
