@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 NUM_SCENES: Final = 48_000
 TAUGHT: Final = ClipRecipe()
 CONTRASTIVE: Final = ClipRecipe(taught=False, pooling="avg", window_steps=700, scene_steps=100)
+SMALL_BUDGET: Final = 0.2
+QUARTERS: Final = 4
 PLAN: Final[Sequence[Sequence[str]]] = (("clip", "clip-contrastive"), ("lvlm", "reward"))
 """Steps that run at the same time, in the order of the stages."""
 
@@ -82,11 +84,16 @@ def clip_step(recipe: ClipRecipe, folder: Path, seed: int, budget: float, checkp
 def lvlm_step(folder: Path, seed: int, budget: float, checkpoint: Path) -> LvlmTrainer:
     """The LVLM; the taught CLIP must be there."""
     tower, _ = load_model(ClipConfig(model=f"local-dir:{folder / 'clip'}"), torch.device("cpu"))
-    recipe = LvlmRecipe()
-    scaled = replace(recipe, steps=_scaled(recipe.steps, budget))
-    trainer = LvlmTrainer(scaled, tower.visual, _corpus(folder, budget), seed)
+    trainer = LvlmTrainer(lvlm_recipe(budget), tower.visual, _corpus(folder, budget), seed)
     trainer.run(checkpoint)
     return trainer
+
+
+def lvlm_recipe(budget: float) -> LvlmRecipe:
+    """`budget` times the scenes; a small one in quarter batches: it takes many steps to see at all."""
+    recipe = LvlmRecipe()
+    parts = QUARTERS if budget <= SMALL_BUDGET else 1
+    return replace(recipe, steps=_scaled(recipe.steps * parts, budget), scenes=recipe.scenes // parts)
 
 
 def reward_step(folder: Path, seed: int, budget: float, checkpoint: Path) -> RewardTrainer:
