@@ -51,8 +51,10 @@ SCALES: dict[str, tuple[float, float]] = {
 """Thresholds that can tell pictures apart, by score: above the first number, up to the second (a picture whose cosine
 with every unsafe text is negative is not met)."""
 
-NEUTRAL: dict[str, float] = {"margin": 0.0, "safe_probability": 0.5, "joint": 0.5}
-"""Thresholds at which unsafe and benign texts weigh the same, by score; not calibrated to a false-alarm rate."""
+THRESHOLDS: dict[str, float] = {"margin": 0.0, "safe_probability": 0.9, "joint": 0.9}
+"""Thresholds that hold unless another is given, by score: nearer to something unsafe than to anything benign; more than
+a tenth of the probability on unsafe texts (a miss costs more than a mask). Not calibrated to a false-alarm rate; on the
+micro world's validation scenes 0.9 flags 92 % of unsafe and 1 % of benign scenes."""
 
 LARGEST_COST_TENSOR = 16_000_000
 """Costs held at a time (64 MB in fp32): more pictures than that are solved one after the other."""
@@ -108,9 +110,9 @@ class OtDetector:
     transport; or the same under one joint plan, both in [0, 1]. Or from its transport costs: least unsafe minus least
     benign-anchor cost, in [-2, 2]; least or mean unsafe cost, in [0, 2]; or GuardAlign's eq. 9 as printed"""
     threshold: float | None = None
-    """patches that score below it are unsafe, and the picture is flagged; in the units of the score. None: where unsafe
-    and benign texts weigh the same, 0.5 for safe_probability and joint, 0 for margin (and 0 for the others, which then
-    flag nothing)"""
+    """patches that score below it are unsafe, and the picture is flagged; in the units of the score. None: the
+    score's own, 0.9 for safe_probability and joint (a tenth of the probability is unsafe), 0 for margin (and 0 for the
+    others, which then flag nothing)"""
     entropy_sign: EntropySign = "negative"
     """patch weights softmax(-H/T), confident patches weigh more; or softmax(+H/T), eq. 7 as printed"""
     patches: PatchKind = "tokens"
@@ -139,7 +141,7 @@ class OtDetector:
 
     def __post_init__(self) -> None:
         if self.threshold is None:
-            object.__setattr__(self, "threshold", NEUTRAL.get(self.score, 0.0))
+            object.__setattr__(self, "threshold", THRESHOLDS.get(self.score, 0.0))
         require(math.isfinite(self.limit), f"detector.threshold must be a finite number, not {self.threshold}")
         for name in ("epsilon", "patch_temperature", "text_temperature", "softmax_temperature"):
             value = getattr(self, name)

@@ -143,7 +143,7 @@ def test_a_lost_shard_is_done_again(undisturbed: Path, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (("--defense.gamma", 0.5), "defense.gamma was 1.0, is now 0.5"),
-        (("--detector.threshold", 0.25), "detector.threshold was 0.5, is now 0.25"),
+        (("--detector.threshold", 0.25), "detector.threshold was 0.9, is now 0.25"),
         (("--limit", 9), "limit was 64, is now 9"),
     ],
 )

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.patches import patch_boxes
 from guardalign.core.transport import entropy, transport
-from guardalign.detectors import DETECTORS, NEUTRAL, ClipDetector, Concepts, OtDetector
+from guardalign.detectors import DETECTORS, THRESHOLDS, ClipDetector, Concepts, OtDetector
 from guardalign.errors import ConfigError, ModelError
 from guardalign.models.clip import PatchEncoder
 from guardalign.taxonomy import Category, Taxonomy
@@ -197,7 +197,7 @@ def test_a_patch_that_is_what_an_anchor_says_scores_highest(tmp_path: Path, taxo
     towards(LOOKS[0], encoder, "a cat", taxonomy)
     for score in ("margin", "safe_probability"):
         (found,) = detect(OtDetector(score), encoder, taxonomy, LOOKS[:1])
-        assert found.patch_scores is not None and found.patch_scores[5] > found.threshold == NEUTRAL[score]
+        assert found.patch_scores is not None and found.patch_scores[5] > 0 and found.threshold == THRESHOLDS[score]
         assert found.patch_scores[5] == pytest.approx(max(found.patch_scores))
 
 
@@ -337,17 +337,17 @@ def test_a_threshold_of_another_score_is_warned_of(
     assert warnings == [] if says is None else says in warnings[0] and f"detector.score={score}" in warnings[0]
 
 
-@pytest.mark.parametrize(("score", "neutral"), [("margin", 0.0), ("safe_probability", 0.5), ("joint", 0.5)])
-def test_without_a_threshold_the_scores_own_neutral_one_holds(
-    encoder: PatchEncoder, taxonomy: Taxonomy, score: Any, neutral: float
+@pytest.mark.parametrize(("score", "own"), [("margin", 0.0), ("safe_probability", 0.9), ("joint", 0.9)])
+def test_without_a_threshold_the_scores_own_holds(
+    encoder: PatchEncoder, taxonomy: Taxonomy, score: Any, own: float
 ) -> None:
-    assert OtDetector(score).threshold == OtDetector(score).limit == neutral
+    assert OtDetector(score).threshold == OtDetector(score).limit == own
     for found in detect(OtDetector(score), encoder, taxonomy):
-        assert found.threshold == neutral and found.flagged == (found.image_score < neutral)
+        assert found.threshold == own and found.flagged == (found.image_score < own)
 
 
 @pytest.mark.parametrize("score", ["min_cost", "mean_cost", "printed"])
-def test_a_score_without_a_neutral_threshold_says_that_it_flags_nothing(
+def test_a_score_without_a_threshold_of_its_own_says_that_it_flags_nothing(
     score: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert OtDetector(score).limit == 0.0 and "flags no picture" in caplog.text
