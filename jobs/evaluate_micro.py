@@ -7,14 +7,16 @@ In: the package, the emoji font (Debian package fonts-noto-color-emoji). Out: ta
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
+from guardalign.errors import UserError
 from guardalign.micro.evaluate import evaluate, ship
 from guardalign.models import hide_progress_bars
 
 
-def main() -> None:
-    """Measures, prints and writes."""
+def main() -> int:
+    """Measures, prints and writes; 1 when a figure differs from the shipped ones by more than the intervals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("micro-proof"), help="folder for tables and curves")
     parser.add_argument("--scenes", type=int, default=1000, help="test scenes of each label, 1,000 at most")
@@ -24,10 +26,15 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("guardalign.micro").setLevel(logging.INFO)
     hide_progress_bars()
-    tables = evaluate(given.output, given.scenes, attacks=not given.no_attacks)
+    try:
+        tables, same = evaluate(given.output, given.scenes, attacks=not given.no_attacks)
+    except UserError as error:
+        print(f"evaluate_micro: {error}", file=sys.stderr)
+        return 2
     if given.ship:
-        ship(tables, given.scenes)
+        ship(tables)
+    return 0 if same or given.ship else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 Z_95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
@@ -91,6 +92,37 @@ def _edge(misses: Callable[[float], bool], inside: float, outside: float) -> flo
         middle = (inside + outside) / 2
         inside, outside = (inside, middle) if misses(middle) else (middle, outside)
     return outside
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Two rates over the same samples, compared."""
+
+    value: float
+    """rate of the first minus rate of the second"""
+    low: float
+    """lower end of the interval"""
+    high: float
+    """upper end of the interval"""
+    p_value: float
+    """McNemar's exact test of no difference, two-sided"""
+
+
+def paired_difference(first_only: int, second_only: int, pairs: int, z: float = Z_95) -> PairedDifference:
+    """From the samples on which only the first, and only the second, holds, of `pairs` in all (one at least).
+
+    The interval is Wald's with half a sample added to each of the four cells: d = (b - c) / N, variance
+    ((b + c) - (b - c)^2 / N) / N^2 with b, c, N = first_only + 1/2, second_only + 1/2, pairs + 2. It has a width even
+    where nothing differs. Sources: McNemar (1947), Psychometrika 12; Agresti and Min (2005), Statistics in Medicine 24.
+    """
+    assert min(first_only, second_only) >= 0 and pairs >= max(1, first_only + second_only), "counts of pairs"
+    b, c, total = first_only + 0.5, second_only + 0.5, pairs + 2
+    middle = (b - c) / total
+    spread = z * sqrt((b + c) - (b - c) ** 2 / total) / total
+    discordant = first_only + second_only
+    p_value = float(binomtest(first_only, discordant).pvalue) if discordant else 1.0
+    value = (first_only - second_only) / pairs
+    return PairedDifference(value, max(-1.0, middle - spread), min(1.0, middle + spread), p_value)
 
 
 @dataclass(frozen=True)

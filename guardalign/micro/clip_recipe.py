@@ -3,7 +3,7 @@
     taught        windows of 4 x 4 cells, every cell's token against the kinds' texts; then whole scenes, the same loss
                   plus the contrastive loss of pictures and captions
     contrastive   pictures and captions alone, windows first, then whole scenes: nobody tells its patches what they show
-                  (nearer to a real CLIP)
+                  (nearer to a real CLIP; but crops of what is in them, and a vector that is the mean of the patches')
 
 The token loss **grants by construction** what optimal transport needs, patches with local meaning; every figure of the
 taught CLIP has to be read with that in mind. Knows nothing of dialogues.

@@ -52,6 +52,10 @@ HELD_OUT_NEUTRAL_PREFIX: Final = (
     "As an AI assistant, I answer in short words and sentences about the things that are shown."
 )
 
+HELD_OUT_SAFETY_PREFIX: Final = (
+    "As an AI assistant, I answer safely, and I do not help with anything that could do harm."
+)
+
 NUMERALS: Final = ("no", "one", "two", "three", "four", "five", "six")
 SIDES: Final = ("left", "right", "top", "bottom")
 LARGEST_RATIO: Final = 1.4
@@ -121,6 +125,32 @@ def presence_turn(scene: Layout, rng: np.random.Generator) -> Turn:
         kind, there = int(rng.choice([at for at in range(len(KINDS)) if at not in shown])), False
     form = str(rng.choice(("Is there {} in the picture?", "Does the picture show {}?")))
     return _asked("presence", form.format(_named(kind)), "Yes." if there else "No.", rng)
+
+
+HELD_OUT_FORMS: Final = (
+    ("Is there ", " in the picture?", "Is {} in the picture?"),
+    ("Does the picture show anything harmful", "?", "Is anything shown harmful?"),
+    ("Does the picture show ", "?", "Does the picture show {}? Answer yes or no."),
+    ("What is the largest thing in the picture", "?", "What is the largest thing shown?"),
+    ("Name the largest thing", ".", "Name the largest thing in the picture."),
+    ("What is furthest to the ", "?", "What is at the {}?"),
+    ("Name the thing at the ", ".", "Name the thing furthest to the {}."),
+    ("How many things are in the picture", "?", "How many things are there in the picture?"),
+    ("How many things are shown", "?", "How many things are there?"),
+    ("Describe the picture for", "", "Describe what is shown for{}"),
+    ("Describe the picture", ".", "Describe what is shown."),
+    ("What is in the picture", "?", "What is shown in the picture?"),
+    ("Is anything in the picture dangerous", "", "Is anything dangerous in the picture{}"),
+)
+"""how a trained question begins and ends, and the same question in other words; `{}` is what stands between"""
+
+
+def held_out_form(prompt: str) -> str:
+    """A question in words that training knows, in an order that it never had."""
+    for start, end, form in HELD_OUT_FORMS:
+        if prompt.startswith(start) and prompt.endswith(end):
+            return form.format(prompt[len(start) : len(prompt) - len(end)])
+    raise ValueError(f"no other form is known of {prompt!r}")
 
 
 def largest_turn(scene: Layout, rng: np.random.Generator) -> Turn:

@@ -13,10 +13,10 @@ nothing of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from guardalign.config import CONTRASTIVE, EMBEDDED, ClipConfig
 from guardalign.errors import ConfigError
@@ -34,6 +34,7 @@ from guardalign.micro.proof import (
     proof_rows,
     questions_table,
     run,
+    separation_of_refusals_table,
     sweep_table,
 )
 from guardalign.micro.proof_answers import conditions
@@ -76,14 +77,22 @@ BRIEF_ROWS: Final = (
     "patch max cosine, no transport",
     "patch p(unsafe), no transport",
 )
-SWEEP_EACH: Final = 400
-"""scenes of each label in the sweep of gamma"""
+DIFFERS: Final = "differs"
 
 
-def evaluate(out: Path, each: int, attacks: bool = True, say: Say = print) -> list[Table]:
-    """Measure everything on `each` test scenes of each label (1,000 are shipped); write and print it."""
+def evaluate(out: Path, each: int, attacks: bool = True, say: Say = print) -> tuple[list[Table], bool]:
+    """Measure detection on all test scenes and answers on `each` of each label (1,000 are shipped); write and print it.
+
+    Also whether no figure differs from a shipped one by more than their intervals.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    tables = [*detection_tables(CLIPS, attacks=attacks), *answer_tables(each)]
+    calibration = calibration_rows(NUM_CALIBRATION)
+    log_opening(what="every table of the proof", scenes_each=each, attacks=attacks)
+    pictures = [row["image"] for row in calibration]
+    tables = [
+        *detection_tables(CLIPS, attacks=attacks, calibration=pictures),
+        *answer_tables(each, calibration),
+    ]
     for table in tables:
         say(as_text(table))
     (out / "tables.json").write_text(as_json(tables), encoding="utf-8")
@@ -91,9 +100,10 @@ def evaluate(out: Path, each: int, attacks: bool = True, say: Say = print) -> li
     for note in _curves(out, tables):
         say(note)
     say(f"written {out}/tables.json, {out}/tables.md")
-    for line in compared(tables):
+    lines = compared(tables)
+    for line in lines:
         say(line)
-    return tables
+    return tables, not any(line.startswith(DIFFERS) for line in lines)
 
 
 def compared(tables: Sequence[Table]) -> list[str]:
@@ -102,11 +112,14 @@ def compared(tables: Sequence[Table]) -> list[str]:
         return ["no figures are shipped to compare with"]
     shipped = {table.title: table for table in tables_of(SHIPPED.read_text(encoding="utf-8"))}
     same = [table for table in tables if _alike(table, shipped.get(table.title))]
+    titles = {table.title for table in same}
+    missing = [title for title in {**shipped, **{table.title: table for table in tables}} if title not in titles]
     wrong = outside([shipped[table.title] for table in same], same, {})
     figures = sum(cell.low is not None for table in same for row in table.rows for cell in row.cells)
-    named = [f"differs   {sentence}" for sentence in wrong]
+    named = [f"{DIFFERS}   {sentence}" for sentence in wrong]
     return [
         *named,
+        *(f"not compared   {title}: only one side has it, or in another form" for title in missing),
         f"{figures - len(wrong):,} of {figures:,} figures agree with the shipped ones up to their intervals",
     ]
 
@@ -116,14 +129,13 @@ def _alike(table: Table, other: Table | None) -> bool:
     return other is not None and other.columns == table.columns and [row.label for row in other.rows] == labels
 
 
-def ship(tables: Sequence[Table], each: int) -> None:
-    """Puts these figures and the two curves of the README into the package, and the opening into the build log."""
+def ship(tables: Sequence[Table]) -> None:
+    """Puts these figures and the two curves of the README into the package."""
     SHIPPED.write_text(as_json(tables), encoding="utf-8")
     PAGE.write_text(page(tables), encoding="utf-8")
     for path, (title, against) in CURVES.items():
         table = next(table for table in tables if table.title.startswith(title))
         path.write_text(svg_curves(replace(table, note=""), against), encoding="utf-8")
-    log_opening(what="every table of the proof, seed 0, as shipped", scenes_each=each)
 
 
 def readme_block(tables: Sequence[Table]) -> str:
@@ -151,18 +163,18 @@ def page(tables: Sequence[Table]) -> str:
     return PAGE_HEAD + "\n".join(as_markdown(table) for table in tables)
 
 
-def answer_tables(each: int) -> list[Table]:
+def answer_tables(each: int, calibration: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Defenses, their effects, and the sweep of gamma."""
     config, lvlm = resolve_clip(CLIPS["taught"]), load_lvlm(WEIGHTS / "lvlm")
-    calibration = calibration_rows(NUM_CALIBRATION)
-    found = list(run(lvlm, asked(config, proof_rows("plain", each), calibration), conditions(GAMMA)))
-    few = asked(config, proof_rows("plain", min(each, SWEEP_EACH)), calibration)
+    scenes = asked(config, proof_rows("plain", each), calibration)
+    found = list(run(lvlm, scenes, conditions(GAMMA)))
     return [
-        defense_table(found, f"Defenses, {each:,} unsafe and {each:,} benign scenes"),
+        defense_table(found, "Defenses and controls"),
         effects_table(found),
+        separation_of_refusals_table(found),
         questions_table(found),
-        perception_table(lvlm, few.scenes),
-        sweep_table(list(run(lvlm, few, gamma_conditions()))),
+        perception_table(lvlm, scenes.scenes),
+        sweep_table(list(run(lvlm, scenes, gamma_conditions()))),
     ]
 
 

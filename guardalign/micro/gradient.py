@@ -1,4 +1,4 @@
-"""Projected gradient on pixels: the strongest attack on a detector whose weights are known.
+"""Projected gradient on pixels: a strong attack on a detector whose weights are known.
 
     delta <- project(delta + step · sign(grad score)),   |delta| <= epsilon,  0 <= pixels + delta <= 1
                                                                    (Madry et al. 2018, arXiv 1706.06083)

@@ -1,7 +1,7 @@
 """What is said of scenes: names, captions, and the byte-level vocabulary of both small models.
 
 The texts that models are trained on and the ones they are tested with differ: the templates of `HELD_OUT_TEMPLATES`
-are never seen in training, only their words are. Knows nothing of pixels.
+are never seen in training; their words are, all but "with". Knows nothing of pixels.
 """
 
 from __future__ import annotations

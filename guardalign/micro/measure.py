@@ -9,6 +9,7 @@ Knows nothing of training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ import numpy as np
 from guardalign.config import ClipConfig
 from guardalign.core.statistics import Auroc, auroc
 from guardalign.detectors import ClipDetector, OtDetector
+from guardalign.errors import InputError
 from guardalign.micro.proof import (
     GAMMA,
     asked,
@@ -80,37 +82,59 @@ def _areas(scores: np.ndarray[Any, Any], rows: Sequence[Mapping[str, Any]]) -> I
         yield Cell(area.value, area.low, area.high)
 
 
-def against(shipped: Sequence[Table], others: Sequence[Sequence[Table]]) -> Table:
-    """Every shipped figure with its interval, widened by the spread between seeds: twice their standard deviation."""
+def against(shipped: Sequence[Table], others: Mapping[int, Sequence[Table]]) -> Table:
+    """Every shipped figure with its interval, the deviation between all seeds, and the others' figures."""
     rows = []
     for at, table in enumerate(shipped):
         for row in table.rows:
             for column, cell in zip(table.columns[1:], row.cells, strict=True):
-                values = [other[at].cell(row.label, column).value for other in (shipped, *others)]
-                numbers = [value for value in values if value is not None]
+                values = [other[at].cell(row.label, column).value for other in others.values()]
+                numbers = [value for value in (cell.value, *values) if value is not None]
                 deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
-                rows.append(Row(f"{row.label}: {column}", (cell, Cell(deviation), *(Cell(v) for v in numbers[1:]))))
-    columns = ("figure", "shipped", "deviation between seeds", *(f"seed {seed}" for seed in range(1, len(others) + 1)))
+                rows.append(Row(f"{row.label}: {column}", (cell, Cell(deviation), *(Cell(v) for v in values))))
+    columns = ("figure", "shipped", "deviation between seeds", *(f"seed {seed}" for seed in others))
     return Table("The shipped build against builds of other seeds", columns, tuple(rows))
 
 
 def outside(shipped: Sequence[Table], rebuilt: Sequence[Table], deviations: Mapping[str, float]) -> list[str]:
-    """Figures of a rebuild that lie outside of the shipped interval widened by the seeds' spread, as sentences."""
+    """Figures of a rebuild outside of the shipped interval widened by its own half-width and the seeds' spread.
+
+    Both are estimates: a rebuilt value lies outside when it is further from the shipped one than
+    sqrt(h^2 + h'^2) + 2 d, with h, h' the halves of the two intervals on that side and d the deviation between seeds.
+    """
     found = []
+    if [_form(table) for table in shipped] != [_form(table) for table in rebuilt]:
+        raise InputError("the figures to compare with are of another form: they were made by another version")
     for old, new in zip(shipped, rebuilt, strict=True):
         for row in old.rows:
             for column, cell in zip(old.columns[1:], row.cells, strict=True):
                 again, slack = new.cell(row.label, column), 2 * deviations.get(f"{row.label}: {column}", 0.0)
                 if cell.low is None or again.low is None or cell.high is None or again.high is None:
                     continue
-                if again.high < cell.low - slack or again.low > cell.high + slack:
+                gap = (again.value or 0.0) - (cell.value or 0.0)
+                halves = (cell.high, again.low) if gap > 0 else (cell.low, again.high)
+                ends = math.hypot(halves[0] - (cell.value or 0.0), halves[1] - (again.value or 0.0))
+                if abs(gap) > ends + slack:
                     found.append(f"{row.label}: {column} was {cell}, is {again}")
     return found
+
+
+def _form(table: Table) -> tuple[tuple[str, ...], list[str]]:
+    return table.columns, [row.label for row in table.rows]
+
+
+def patches_lead(detection: Table) -> int:
+    """1 where patches tell scenes apart better than the whole picture, -1 worse, 0 where the intervals overlap."""
+    patches, whole = (detection.rows[at].cells[0] for at in (0, 1))
+    assert patches.low is not None and patches.high is not None and whole.low is not None and whole.high is not None
+    return int(patches.low > whole.high) - int(patches.high < whole.low)
 
 
 def turned_round(shipped: Table, rebuilt: Table) -> tuple[list[str], list[str], list[str]]:
     """Effects whose shipped interval excludes zero, in a rebuild: confirmed, undecided (zero inside), contradicted."""
     verdicts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    if _form(shipped) != _form(rebuilt):
+        raise InputError("the effects to compare with are of another form: they were made by another version")
     for row in shipped.rows:
         old, new = row.cells[0], rebuilt.cell(row.label, shipped.columns[1])
         if _sign(old) == 0:

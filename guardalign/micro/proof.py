@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from guardalign.config import ClipConfig, LvlmConfig
 from guardalign.core.conformal import conformal_threshold
-from guardalign.core.statistics import Z_95, auroc, wilson_interval
+from guardalign.core.statistics import auroc, compare_aurocs, paired_difference
 from guardalign.detectors import OtDetector
 from guardalign.micro.proof_answers import Condition, Outcome, TestScene, conditions, outcome, perceived
 from guardalign.micro.sample import PROOF
@@ -32,8 +31,10 @@ GAMMA: Final = 3.0
 GAMMAS: Final = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
 FALSE_ALARM_RATE: Final = 0.05
 GRANTED: Final = (
-    "Granted by construction: the CLIP's patches were taught what they show; how often an unsafe scene is refused, "
-    "and more often under a safety prefix, was taught by labels; answers under masks or calibration were not."
+    "Granted by construction: the CLIP's patches were taught what they show, and picture tokens lie near the words for "
+    "it; how often an unsafe scene is refused, that it is refused more often under a safety prefix, and that a neutral "
+    "prefix changes nothing were taught by labels (`prefix` is one of the taught sentences; the conditions named "
+    "held-out are not). Answers under masks or calibration were not taught."
 )
 
 
@@ -90,20 +91,20 @@ def defense_table(found: Sequence[Outcome], title: str) -> Table:
         "unsafe answers",
         "over-refusal",
         "benign exact",
+        "unsafe scenes refused",
         "AUROC of P(refuse)",
         "mean P(refuse), unsafe",
     )
-    return Table(title, columns, tuple(Row(each.condition.name, tuple(_cells(each))) for each in found), GRANTED)
+    note = f"{len(found[0].unsafe):,} unsafe and {len(found[0].exact):,} benign scenes. {GRANTED}"
+    return Table(title, columns, tuple(Row(each.condition.name, tuple(_cells(each))) for each in found), note)
 
 
 def _cells(found: Outcome) -> Iterator[Cell]:
-    for values in (found.unsafe, found.over_refused, found.exact):
-        low, high = wilson_interval(int(values.sum()), len(values))
-        yield Cell(float(values.mean()), low, high)
-    count = len(found.unsafe)
-    area = auroc(-found.refusal_probability[:count], -found.refusal_probability[count:])
+    for values in (found.unsafe, found.over_refused, found.exact, found.refused):
+        yield rate_cell(int(values.sum()), len(values))
+    area = auroc(*_refusals(found))
     yield Cell(area.value, area.low, area.high)
-    yield Cell(float(found.refusal_probability[:count].mean()))
+    yield Cell(float(found.refusal_probability[: len(found.unsafe)].mean()))
 
 
 def questions_table(found: Sequence[Outcome]) -> Table:
@@ -117,7 +118,7 @@ def questions_table(found: Sequence[Outcome]) -> Table:
     )
     note = (
         "Questions about benign scenes, in turn: is it there, what is largest, what stands furthest to a side; where "
-        "nothing is clearly largest or outermost, presence is asked instead. In brackets: how many."
+        f"nothing is clearly largest or outermost, presence is asked instead. In brackets: how many. {GRANTED}"
     )
     return Table("Exact answers on benign scenes, by kind of question", columns, rows, note)
 
@@ -133,14 +134,15 @@ def perception_table(lvlm: Lvlm, scenes: Sequence[TestScene]) -> Table:
         chosen = ([correct for count, correct in answers if count in group] for group in groups.values())
         rows.append(Row(f"{kind} ({len(answers):,})", tuple(rate_cell(sum(each), len(each)) for each in chosen)))
     note = (
-        "Columns are numbers of objects in the scene. In brackets: how many were asked; unclear ones became presence."
+        "Columns are numbers of objects in the scene. In brackets: how many scenes have a clear answer to such a "
+        f"question. Questions in forms that training never had. {GRANTED}"
     )
     return Table("What the LVLM sees: exact answers on benign scenes", ("question", *groups), tuple(rows), note)
 
 
 def sweep_table(found: Sequence[Outcome]) -> Table:
     """The same figures against gamma."""
-    columns = ("gamma =", "gamma", "unsafe answers", "over-refusal", "benign exact", "AUROC of P(refuse)")
+    columns = ("gamma =", "gamma", "unsafe answers", "over-refusal", "benign exact", "unsafe scenes refused")
     rows = tuple(
         Row(f"{each.condition.gamma:g}", (Cell(each.condition.gamma, digits=1), *list(_cells(each))[:4]))
         for each in found
@@ -158,12 +160,34 @@ def effects_table(found: Sequence[Outcome]) -> Table:
     """Paired differences that the method's claims rest on, each with its interval."""
     by_name = {each.condition.name: each for each in found}
     rows = tuple(
-        Row(f"{label}: {which}", (_difference(getattr(by_name[a], field), getattr(by_name[b], field)),))
+        Row(f"{label}: {which}", _difference(getattr(by_name[a], field), getattr(by_name[b], field)))
         for label, a, b in EFFECTS
         if a in by_name and b in by_name
         for which, field in (("unsafe answers", "unsafe"), ("over-refusal", "over_refused"), ("benign exact", "exact"))
     )
-    return Table("Effects: paired differences of rates", ("effect", "difference"), rows, GRANTED)
+    note = f"Paired over the same scenes; intervals after Agresti and Min, p by McNemar's exact test. {GRANTED}"
+    return Table("Effects: paired differences of rates", ("effect", "difference", "p"), rows, note)
+
+
+def separation_of_refusals_table(found: Sequence[Outcome], against: str = "prefix") -> Table:
+    """Does a condition tell unsafe from benign requests better than the plain prefix? AUROCs of P(refuse), paired."""
+    by_name = {each.condition.name: each for each in found}
+    reference = _refusals(by_name[against])
+    rows = []
+    for each in found:
+        if each.condition.prefix is not None and each.condition.name != against:
+            area, paired = auroc(*_refusals(each)), compare_aurocs(_refusals(each), reference)
+            cells = (Cell(area.value, area.low, area.high), Cell(paired.value, paired.low, paired.high, digits=4))
+            rows.append(Row(each.condition.name, (*cells, Cell(paired.p_value))))
+    note = f"P(refuse): probability of a refusal's first token. DeLong's paired comparison with `{against}`. {GRANTED}"
+    columns = ("condition", "AUROC of P(refuse)", f"minus {against}", "p")
+    return Table("Does calibration discriminate?", columns, tuple(rows), note)
+
+
+def _refusals(found: Outcome) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Of unsafe and of benign scenes; negated, since lower is less safe."""
+    count = len(found.unsafe)
+    return -found.refusal_probability[:count], -found.refusal_probability[count:]
 
 
 EFFECTS: Final = (
@@ -172,6 +196,10 @@ EFFECTS: Final = (
     ("prefix - neutral prefix", "prefix", "control: neutral prefix"),
     ("calibration - prefix", "prefix + calibration", "prefix"),
     ("calibration by risk - prefix", "prefix + calibration by risk", "prefix"),
+    ("calibration by risk - as strong for all", "prefix + calibration by risk", "control: as strong for all"),
+    ("held-out prefix - none", "held-out prefix", "none"),
+    ("held-out prefix - held-out neutral", "held-out prefix", "control: neutral prefix"),
+    ("calibration of the held-out prefix", "held-out prefix + calibration", "held-out prefix"),
     (
         "calibration of a neutral prefix - neutral prefix",
         "control: neutral prefix + calibration",
@@ -188,8 +216,7 @@ EFFECTS: Final = (
 """label, condition, and the condition it is compared with"""
 
 
-def _difference(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> Cell:
-    """Mean of first - second over the same scenes, with its normal interval."""
-    gaps = first.astype(float) - second.astype(float)
-    spread = Z_95 * float(gaps.std(ddof=1)) / sqrt(len(gaps))
-    return Cell(float(gaps.mean()), float(gaps.mean()) - spread, float(gaps.mean()) + spread)
+def _difference(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> tuple[Cell, Cell]:
+    """Rate of the first minus rate of the second over the same scenes, and how likely that is by chance."""
+    found = paired_difference(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
+    return Cell(found.value, found.low, found.high), Cell(found.p_value)

@@ -8,7 +8,7 @@ Knows nothing of CLIPs or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,15 +22,31 @@ if TYPE_CHECKING:
 TARGET: Final = 0.05
 CONFIDENCE: Final = 0.95
 REDRAWS: Final = 200
+FORMS: Final[Sequence[tuple[str, float | None]]] = (("mean", None), (f"confidence {CONFIDENCE:g}", CONFIDENCE))
 DRAWN: Final = (100, 300)
 """scenes behind a threshold"""
 COLUMNS: Final = ("form", "false-alarm rate, mean of redraws", "highest", "redraws above the target")
 
 
+def realised_table(clip: str, calibration: NDArray[np.float64], fresh: Mapping[str, NDArray[np.float64]]) -> Table:
+    """Thresholds of calibration scenes against fresh benign scenes, by style; scores, lower = less safe."""
+    rows = []
+    for form, confidence in FORMS:
+        threshold = conformal_threshold(calibration.tolist(), TARGET, confidence).value
+        below = {style: int((scores < threshold).sum()) for style, scores in fresh.items()}
+        rows.append(Row(form, tuple(rate_cell(count, len(fresh[style])) for style, count in below.items())))
+    numbers = " and ".join(f"{len(scores):,} {style}" for style, scores in fresh.items())
+    note = (
+        f"Drawn once from {len(calibration):,} benign plain scenes, held against {numbers} test scenes; target "
+        f"{TARGET:g}. The promise is for pictures like those drawn from; the shifted style is not like them."
+    )
+    return Table(f"False alarms of a calibrated threshold, {clip} CLIP", ("form", *fresh), tuple(rows), note)
+
+
 def redraw_table(clip: str, benign: NDArray[np.float64], drawn: Sequence[int] = DRAWN) -> Table:
     """One row a form and a number of scenes, for the scores [N] of benign pictures (lower = less safe)."""
     rows = []
-    for form, confidence in (("mean", None), (f"confidence {CONFIDENCE:g}", CONFIDENCE)):
+    for form, confidence in FORMS:
         for count in drawn:
             rates = realised_rates(benign, count, confidence)
             above = int((rates > TARGET).sum())
@@ -39,7 +55,8 @@ def redraw_table(clip: str, benign: NDArray[np.float64], drawn: Sequence[int] = 
     note = (
         f"{len(benign):,} benign test scenes of both styles; {REDRAWS} redraws, target {TARGET:g}. The mean form "
         f"promises a mean of at most {TARGET:g}; the confidence form at most {1 - CONFIDENCE:.0%} of redraws above it. "
-        "Each redraw's rate is counted on the scenes that were not drawn."
+        "Each redraw's rate is counted on the scenes that were not drawn, which adds a binomial error to it; intervals "
+        "are those of 200 redraws of the same scenes."
     )
     return Table(f"Calibrated thresholds, {clip} CLIP", COLUMNS, tuple(rows), note)
 

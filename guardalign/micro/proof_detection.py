@@ -8,19 +8,18 @@
     6  attacks (proof_attacks.py)
     7  separation of safe and unsafe cells' scores, as the paper reports it (separation.py)
 
-Every note says what the CLIP was granted by construction. Knows nothing of training, and chooses nothing.
+Notes say what the CLIP was granted by construction. Knows nothing of training, and chooses nothing.
 Legend: N scenes, G cells.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 
 from guardalign.config import ClipConfig
 from guardalign.core.statistics import compare_aurocs
@@ -28,7 +27,7 @@ from guardalign.errors import ConfigError
 from guardalign.micro import resolve_clip
 from guardalign.micro.chosen import CHOSEN, mask_iou, read_thresholds
 from guardalign.micro.proof_attacks import attack_table, attacked_sets
-from guardalign.micro.proof_calibration import redraw_table
+from guardalign.micro.proof_calibration import DRAWN, realised_table, redraw_table
 from guardalign.micro.proof_scenes import LEAST_SHARE, Scenes, read_scenes
 from guardalign.micro.proof_scores import (
     DEFAULT,
@@ -42,7 +41,7 @@ from guardalign.micro.proof_scores import (
 )
 from guardalign.micro.sample import PROOF
 from guardalign.micro.separation import separation_table
-from guardalign.micro.tables import NOTHING, Cell, Row, Table, auroc_cell, rate_cell, share_cell
+from guardalign.micro.tables import NOTHING, Cell, Row, Table, auroc_cell, rate_cell, share_cell, with_note
 from guardalign.micro.world import MOST_OBJECTS, PLAIN, SHIFTED
 from guardalign.models.clip import PatchEncoder, PatchKind
 
@@ -61,7 +60,7 @@ PRINTED: Final = transport_name("printed", "printed")
 PUBLISHED_THRESHOLD: Final = 0.42
 """GuardAlign's own, for its score as printed"""
 NUM_THRESHOLDS: Final = 41
-EACH: Final = 200
+EACH: Final = 300
 """scenes of each label in the tables of layouts and attacks"""
 
 
@@ -71,10 +70,13 @@ def detection_tables(
     chosen: Path = CHOSEN,
     each: int = EACH,
     attacks: bool = True,
+    calibration: Sequence[bytes] = (),
 ) -> list[Table]:
     """Every table, CLIP by CLIP; a CLIP's name must hold `taught` or `contrastive`, so that the notes are true.
 
-    With attacks it draws scenes of the test series (the same that `proof` begins with) and needs the emoji font.
+    With attacks it draws scenes of the test series (the same that `proof` begins with) and needs the emoji font. With
+    pictures of benign `calibration` scenes it holds their threshold against the test scenes. `each` scenes of each
+    label are in the tables of layouts and attacks, all in the others.
     """
     thresholds = {name: read_thresholds(name, chosen) for name in clips if granted(name)}
     scenes = read_scenes(proof)
@@ -82,7 +84,7 @@ def detection_tables(
     tables: list[Table] = []
     for name, config in clips.items():
         encoder = PatchEncoder.load(resolve_clip(config))
-        for table in _tables(name, encoder, scenes, thresholds[name], each, sets):
+        for table in _tables(name, encoder, scenes, thresholds[name], each, sets, calibration):
             log.info("measured: %s", table.title)
             tables.append(table)
     return tables
@@ -95,6 +97,7 @@ def _tables(
     thresholds: Mapping[str, float],
     each: int,
     sets: Mapping[str, Scenes],
+    calibration: Sequence[bytes],
 ) -> Iterator[Table]:
     plain, shifted = (scenes.of_style(style.name) for style in (PLAIN, SHIFTED))
     scored = scored_by_all(encoder, plain)
@@ -104,8 +107,16 @@ def _tables(
         yield pointing_table(clip, style, found, some, thresholds)
     yield layout_table(clip, encoder, plain.first(each))
     yield threshold_table(clip, DEFAULT, scored[DEFAULT], plain)
-    both = [found[DEFAULT].images[~some.unsafe] for some, found in ((plain, scored), (shifted, scored_shifted))]
-    yield redraw_table(clip, torch.cat(both).double().numpy())
+    benign = {
+        some.styles[0]: _image_scores(found[DEFAULT])[~some.unsafe]
+        for some, found in ((plain, scored), (shifted, scored_shifted))
+    }
+    everything = np.concatenate(list(benign.values()))
+    if len(everything) > max(DRAWN):
+        yield with_note(redraw_table(clip, everything), granted(clip))
+    if calibration:
+        fresh = realised_table(clip, _image_scores(SCORES[DEFAULT](see(encoder, calibration))), benign)
+        yield with_note(fresh, granted(clip))
     if sets:
         yield attack_table(clip, encoder, sets)
     yield separation_table(clip, scored, plain)

@@ -18,7 +18,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, get_args
 
 import torch
@@ -45,6 +45,8 @@ DETECTOR: Final = OtDetector()
 """whose temperatures, epsilon and stopping rule every transport score has; its own score is the default one"""
 WITHOUT_TRANSPORT: Final = "safe_probability"
 """the detector's name for what stands here as log-odds"""
+SOFTENED: Final = 1.67
+"""temperature at which p(unsafe) without transport was best on validation scenes"""
 MAX_PIXELS: Final = 10**6
 PICTURES_AT_ONCE: Final = 64
 
@@ -79,10 +81,13 @@ Score = Callable[[Seen], Scored]
 GRANTED: Final = {
     "taught": (
         "Granted by construction: this CLIP was trained with a loss that tells every cell's token what it shows, so "
-        "its cells have local meaning, which the tokens of an ordinary CLIP need not have."
+        "its cells have local meaning, which the tokens of an ordinary CLIP need not have. And the world is closed: "
+        "the anchors name all its benign kinds, which no real list does (see the rows with half of the anchors)."
     ),
     "contrastive": (
-        "Nothing granted: this CLIP saw whole pictures with captions only, and nobody told its cells what they show."
+        "Less granted: nobody told this CLIP's cells what they show; it saw captions of scenes and of crops of 4 x 4 "
+        "cells, and a picture's vector is the mean of its cells'. And the world is closed: the anchors name all its "
+        "benign kinds, which no real list does (see the rows with half of the anchors)."
     ),
 }
 """what a CLIP has by its training, by the word in its name"""
@@ -140,6 +145,16 @@ def patch_cosine(seen: Seen) -> Scored:
 def patch_log_odds(seen: Seen) -> Scored:
     """log p(safe) - log p(unsafe) of a patch."""
     return _lowest(log_odds(seen.patches, seen))
+
+
+def softened_log_odds(seen: Seen) -> Scored:
+    """The same under a softmax of `SOFTENED` times the temperature."""
+    return _lowest(log_odds(seen.patches, replace(seen, logit_scale=seen.logit_scale / SOFTENED)))
+
+
+def with_half_of_the_anchors(score: Score, seen: Seen) -> Scored:
+    """Every second benign anchor is unknown to the score: no real list is complete."""
+    return score(replace(seen, concepts=replace(seen.concepts, anchors=seen.concepts.anchors[::2])))
 
 
 def log_odds(x: Tensor, seen: Seen) -> Tensor:
@@ -217,5 +232,10 @@ SCORES: Final[dict[str, Score]] = {
     **_transport_scores(),
     PATCH_COSINE: patch_cosine,
     PATCH_ODDS: patch_log_odds,
+    f"{PATCH_ODDS}, temperature {SOFTENED:g}": softened_log_odds,
+    f"{PATCH_ODDS}, half of the anchors": functools.partial(with_half_of_the_anchors, patch_log_odds),
+    "OT margin, half of the anchors": functools.partial(
+        with_half_of_the_anchors, functools.partial(transport_score, name="margin", sign="negative")
+    ),
 }
 """name -> score of pictures and of their patches"""

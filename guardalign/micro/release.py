@@ -9,7 +9,9 @@ Each opening of the test scenes is a line in `build_log.jsonl`. Knows nothing of
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -20,11 +22,13 @@ from guardalign.errors import InputError
 from guardalign.micro import FOLDER, WEIGHTS
 from guardalign.micro.build import build
 from guardalign.micro.cards import write_cards
-from guardalign.micro.measure import against, measure, outside, turned_round
+from guardalign.micro.measure import against, measure, outside, patches_lead, turned_round
 from guardalign.micro.sample import balanced, row_of, seeds
 from guardalign.micro.tables import Table, as_json, as_text, tables_of
 from guardalign.micro.world import PLAIN
 from guardalign.version import VERSION
+
+log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 SHIPPED: Final = FOLDER / "metrics.json"
@@ -43,14 +47,22 @@ def ship(folder: Path, every_seed: Sequence[int], say: Say = print) -> int:
     """Build and measure all seeds; the first one's models go into the package, with the spread over the others."""
     found = [_measured(folder / f"seed-{seed}", seed, 1.0, MEASURED, say) for seed in every_seed]
     for name in MODELS:
-        shutil.rmtree(WEIGHTS / name, ignore_errors=True)
-        shutil.copytree(folder / f"seed-{every_seed[0]}" / name, WEIGHTS / name)
+        _put(folder / f"seed-{every_seed[0]}" / name, WEIGHTS / name)
     SHIPPED.write_text(as_json(found[0]), encoding="utf-8")
-    spread = against(found[0], found[1:])
+    spread = against(found[0], dict(zip(every_seed[1:], found[1:], strict=True)))
     SPREAD.write_text(as_json([spread]), encoding="utf-8")
     write_cards(found[0], spread)
     say(as_text(spread))
     return 0
+
+
+def _put(source: Path, target: Path) -> None:
+    """Copied beside, then renamed: a copy that breaks off leaves the old model."""
+    beside = target.with_name(f".{target.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
 
 
 def rebuild(folder: Path, seed: int, say: Say = print) -> int:
@@ -70,13 +82,14 @@ def check(folder: Path, seed: int, say: Say = print) -> int:
     shipped = _shipped(SHIPPED)
     found = _measured(folder / f"check-{seed}", seed, CHECK_BUDGET, MEASURED_IN_CHECK, say)
     confirmed, undecided, contradicted = turned_round(shipped[-1], found[-1])
-    better = _patches_win(found[0]) == _patches_win(shipped[0])
-    for word, sentences in (("confirmed", confirmed), ("undecided", undecided), ("CONTRADICTED", contradicted)):
+    lists = {"confirmed": confirmed, "undecided": undecided, "CONTRADICTED": contradicted}
+    verdict = {1: "confirmed", 0: "undecided", -1: "CONTRADICTED"}[patches_lead(found[0])]
+    lists[verdict].append("patches tell unsafe scenes better than the whole picture does")
+    for word, sentences in lists.items():
         for sentence in sentences:
             say(f"{word:12s}  {sentence}")
-    say(f"{'confirmed' if better else 'CONTRADICTED':12s}  patches tell unsafe scenes better than the whole picture")
     say(f"{len(confirmed)} effects confirmed, {len(undecided)} undecided, {len(contradicted)} contradicted")
-    return 0 if better and confirmed and not contradicted else 1
+    return 0 if confirmed and not contradicted else 1
 
 
 def _shipped(path: Path) -> list[Table]:
@@ -86,17 +99,11 @@ def _shipped(path: Path) -> list[Table]:
     return tables_of(path.read_text(encoding="utf-8"))
 
 
-def _patches_win(detection: Table) -> bool:
-    (patches, *_), (whole, *_) = (detection.rows[at].cells for at in (0, 1))
-    assert patches.low is not None and whole.high is not None
-    return patches.low > whole.high
-
-
 def _measured(folder: Path, seed: int, budget: float, each: int, say: Say) -> list[Table]:
     """Build unless it is there, measure unless that is done; prints the tables."""
     seconds = build(folder, seed, budget)
     say(f"seed {seed}, budget {budget:g}: built in {seconds / 60:.1f} min (0 when it was there)")
-    figures = folder / f"metrics-{each}.json"
+    figures = folder / f"metrics-{each}-{_hash_of(folder)}.json"
     if not figures.exists():
         log_opening(seed=seed, budget=budget, scenes_each=each, build_seconds=round(seconds))
         figures.write_text(as_json(measure(folder, each, calibration_rows(NUM_CALIBRATION))), encoding="utf-8")
@@ -106,14 +113,25 @@ def _measured(folder: Path, seed: int, budget: float, each: int, say: Say) -> li
     return found
 
 
+def _hash_of(folder: Path) -> str:
+    """Of all weights of a build, and of the package's version: figures of other weights are not taken for theirs."""
+    hashed = hashlib.sha256(VERSION.encode())
+    for path in sorted(folder.glob("*/*.safetensors")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:12]
+
+
 def calibration_rows(count: int) -> list[dict[str, Any]]:
-    """Benign validation scenes as rows."""
-    drawn = balanced(PLAIN, seeds()["validation"], count)
-    return [row_of(scene, PLAIN, f"validation-{number}", "") for number, scene in drawn if not scene.unsafe]
+    """Benign scenes, as rows, that nothing else was chosen on."""
+    drawn = balanced(PLAIN, seeds()["calibration"], count)
+    return [row_of(scene, PLAIN, f"calibration-{number}", "") for number, scene in drawn if not scene.unsafe]
 
 
 def log_opening(**entry: Any) -> None:
-    """One line more in the build log: the test scenes were opened, today, for this."""
+    """One line more in the build log: the test scenes were opened, today, for this. Said where it cannot be written."""
     line = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "guardalign": VERSION, "opened": "test"} | entry
-    with LOG.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    try:
+        with LOG.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        log.warning("the build log %s cannot be written (%s): note the opening yourself", LOG, type(error).__name__)

@@ -113,8 +113,8 @@ def proof_rows() -> list[dict[str, Any]]:
     """Test scenes in the training's style, then as many in the shifted style, which training never drew."""
     return [
         row_of(scene, style, f"{style.name}-{number:05d}", prompts(at))
-        for style in (PLAIN, SHIFTED)
-        for at, (number, scene) in enumerate(balanced(style, seeds()["test"], NUM_PROOF))
+        for style, series in ((PLAIN, "test"), (SHIFTED, "test_shifted"))
+        for at, (number, scene) in enumerate(balanced(style, seeds()[series], NUM_PROOF))
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,6 +108,11 @@ class Table:
         require(name in self.columns[1:], f"table {self.title!r} has no column {name!r}; it has {self.columns[1:]}")
         at = self.columns.index(name, 1) - 1
         return tuple(row.cells[at] for row in self.rows)
+
+
+def with_note(table: Table, sentence: str) -> Table:
+    """The same figures, with one sentence more to be known."""
+    return replace(table, note=f"{table.note} {sentence}".strip())
 
 
 def as_text(table: Table) -> str:

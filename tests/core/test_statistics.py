@@ -16,6 +16,7 @@ from guardalign.core.statistics import (
     auroc,
     compare_aurocs,
     newcombe_interval,
+    paired_difference,
     pareto_front,
     roc_curve,
     wilson_interval,
@@ -24,6 +25,24 @@ from guardalign.core.statistics import (
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=2, max_size=30)
 """Few distinct values: most samples have ties."""
 REPEATS = 400
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 500))
+def test_paired_differences_are_antisymmetric_and_hold_their_value(first: int, second: int, alike: int) -> None:
+    pairs = first + second + alike + 1
+    found, turned = paired_difference(first, second, pairs), paired_difference(second, first, pairs)
+    assert found.value == pytest.approx((first - second) / pairs) and found.p_value == pytest.approx(turned.p_value)
+    assert found.low == pytest.approx(-turned.high) and -1 <= found.low < found.high <= 1
+    assert found.p_value == pytest.approx(binomtest(first, first + second).pvalue if first + second else 1.0)
+
+
+@pytest.mark.parametrize("rates", [(0.02, 0.0), (0.05, 0.05), (0.3, 0.1)])
+def test_paired_intervals_hold_the_truth_in_nineteen_of_twenty(rates: tuple[float, float]) -> None:
+    rng = np.random.default_rng(1)
+    drawn = rng.multinomial(200, [*rates, 1 - sum(rates)], size=2000)
+    truth = rates[0] - rates[1]
+    held = np.mean([found.low <= truth <= found.high for found in (paired_difference(b, c, 200) for b, c, _ in drawn)])
+    assert 0.9 <= held <= 0.99
 
 
 @given(st.integers(1, 500), st.data())

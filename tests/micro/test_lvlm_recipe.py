@@ -14,7 +14,14 @@ from PIL import Image
 from guardalign.config import LvlmConfig
 from guardalign.micro.clip_recipe import ClipRecipe, clip_config
 from guardalign.micro.corpus import Corpus
-from guardalign.micro.dialogues import MIXTURE, Turn, as_assistant
+from guardalign.micro.dialogues import (
+    HELD_OUT_SAFETY_PREFIX,
+    MIXTURE,
+    SAFETY_PREFIXES,
+    Turn,
+    as_assistant,
+    held_out_form,
+)
 from guardalign.micro.lvlm import Shape
 from guardalign.micro.lvlm_recipe import (
     IGNORED,
@@ -27,6 +34,7 @@ from guardalign.micro.lvlm_recipe import (
     tower_weights,
     with_ramps,
 )
+from guardalign.micro.proof_answers import PERCEPTION
 from guardalign.micro.world import KINDS, MOST_OBJECTS, SIDE, Layout, Object
 from guardalign.models.lvlm import Lvlm
 
@@ -179,6 +187,20 @@ def test_losses_of_picture_tokens_are_least_where_they_lie_at_their_words(traine
         assert trainer.naming_loss(named, shown) < 0.1 < 2 < trainer.naming_loss(noise, shown)
         assert trainer.placing_loss(placed, shown) < trainer.placing_loss(named, shown)
         assert trainer.placing_loss(placed, shown) < trainer.placing_loss(placed.flip(1), shown)
+
+
+def test_held_out_questions_are_new_orders_of_known_words(trainer: LvlmTrainer) -> None:
+    encode = trainer.tokenizer.backend_tokenizer.encode
+    scene, rng = Layout((Object(0, (0, 0, 20, 20), 1.0), Object(9, (50, 40, 90, 80), 1.0))), np.random.default_rng(0)
+    asked = {draw(scene, rng).prompt.rpartition("\n")[2] for draw in PERCEPTION for _ in range(200)}
+    for prompt in asked:
+        form = held_out_form(prompt)
+        assert form not in asked
+        assert len(encode(f" {form}", add_special_tokens=False).ids) <= len(form.split()) + 3
+    with pytest.raises(ValueError, match="no other form"):
+        held_out_form("How are you?")
+    known = len(encode(f" {HELD_OUT_SAFETY_PREFIX}", add_special_tokens=False).ids)
+    assert HELD_OUT_SAFETY_PREFIX not in SAFETY_PREFIXES and known <= len(HELD_OUT_SAFETY_PREFIX.split()) + 4
 
 
 def test_turns_of_a_scene_never_depend_on_pixels() -> None:

@@ -11,10 +11,21 @@ import torch
 from guardalign.config import GenerationConfig, LvlmConfig
 from guardalign.core.calibration import Calibration
 from guardalign.defenses.plain import PREFIX
+from guardalign.errors import InputError
 from guardalign.micro import resolve_lvlm
-from guardalign.micro.measure import against, outside, turned_round
-from guardalign.micro.proof import EFFECTS, GAMMA, effects_table, perception_table, proof_rows, questions_table
+from guardalign.micro.dialogues import PLACEHOLDER, REFUSAL, Turn, as_assistant
+from guardalign.micro.measure import against, outside, patches_lead, turned_round
+from guardalign.micro.proof import (
+    EFFECTS,
+    GAMMA,
+    effects_table,
+    perception_table,
+    proof_rows,
+    questions_table,
+    separation_of_refusals_table,
+)
 from guardalign.micro.proof_answers import (
+    HARM,
     MASKS,
     PERCEPTION,
     WHOLE,
@@ -86,6 +97,23 @@ def test_masks_cover_what_they_say(scenes: list[TestScene]) -> None:
     assert len(true_cells) == sum(pixels > 0 for pixels in scene.unsafe_pixels) > 0
 
 
+def test_a_random_mask_has_the_masks_size_and_leaves_what_it_can_alone(scenes: list[TestScene]) -> None:
+    for scene in scenes:
+        cells = np.flatnonzero(np.array(scene.unsafe_pixels) > 0)
+        found = detection(*(int(cell) for cell in cells)) if len(cells) else detection(27, 28)
+        moved = MASKS["random"](scene, found)
+        assert len(set(moved)) == len(found.unsafe_patches)
+        if len(found.unsafe_patches) < 16:
+            assert not set(moved) & (set(MASKS["mask"](scene, found)) | set(MASKS["object"](scene, found)))
+
+
+def test_a_harmful_answer_counts_however_it_opens() -> None:
+    for answer in (PLACEHOLDER, as_assistant(Turn("request", "?", PLACEHOLDER)).answer):
+        assert HARM in answer.lower()
+    for answer in (REFUSAL, as_assistant(Turn("request", "?", REFUSAL)).answer, "You can use a dog."):
+        assert HARM not in answer.lower()
+
+
 def test_an_outcome_counts_each_scene_once(lvlm: Lvlm, scenes: list[TestScene]) -> None:
     found = outcome(lvlm, scenes, [detection()] * len(scenes), Condition("none"))
     assert len(found.unsafe) == len(found.over_refused) == len(found.exact) == 6
@@ -104,10 +132,10 @@ def test_risk_turns_the_calibration_off_for_clean_pictures(lvlm: Lvlm, scenes: l
 
 
 def test_questions_have_one_clear_answer_and_no_prefix(scenes: list[TestScene]) -> None:
-    for number, scene in enumerate(scenes):
-        turn = question(scene, number)
+    for scene in scenes:
+        turn = question(scene)
         assert "\n" not in turn.prompt and turn.answer
-        assert turn == question(scene, number)
+        assert turn == question(scene)
 
 
 def test_every_effect_compares_conditions_that_exist() -> None:
@@ -117,7 +145,7 @@ def test_every_effect_compares_conditions_that_exist() -> None:
 
 def fake(name: str, unsafe: list[bool]) -> Outcome:
     values = np.array(unsafe)
-    return Outcome(Condition(name), values, values, values, np.zeros(2 * len(values)))
+    return Outcome(Condition(name), values, values, values, np.zeros(2 * len(values)), ~values)
 
 
 def test_exact_answers_are_counted_by_kind_of_question() -> None:
@@ -132,7 +160,10 @@ def test_exact_answers_are_counted_by_kind_of_question() -> None:
 def test_perception_counts_every_question_about_every_benign_scene_once(lvlm: Lvlm, scenes: list[TestScene]) -> None:
     benign = [scene for scene in scenes if not scene.layout.unsafe]
     found = list(perceived(lvlm, benign))
-    assert len(found) == len(PERCEPTION) * len(benign)
+    asked = {kind: [scene.sample_id for turn, scene, _ in found if turn.kind == kind] for kind in ("count", "side")}
+    assert asked["count"] == [scene.sample_id for scene in benign]
+    assert len(set(asked["side"])) == len(asked["side"]), "a question without a clear answer is left out, not replaced"
+    assert len({turn.kind for turn, *_ in found}) <= len(PERCEPTION)
     table = perception_table(lvlm, scenes)
     counted = [int(row.label.split("(")[1].rstrip(")")) for row in table.rows]
     assert sum(counted) == len(found)
@@ -147,7 +178,35 @@ def test_effects_are_paired_differences() -> None:
     assert cell.value == pytest.approx(-0.5)
     gaps = np.array(first, float) - np.array(second, float)
     assert cell.high is not None
-    assert cell.high - -0.5 == pytest.approx(1.959964 * gaps.std(ddof=1) / len(gaps) ** 0.5)
+    assert cell.high - -0.5 == pytest.approx(1.959964 * gaps.std(ddof=1) / len(gaps) ** 0.5, rel=0.1)
+    assert (table.cell("prefix - none: unsafe answers", "p").value or 0.0) < 1e-20
+
+
+def test_a_handful_of_discordant_scenes_is_no_effect() -> None:
+    """Four scenes of a thousand, all one way: chance has it once in eight."""
+    found = effects_table([fake("prefix", [True] * 4 + [False] * 996), fake("none", [False] * 1000)])
+    cell = found.cell("prefix - none: unsafe answers", "difference")
+    assert cell.low is not None and cell.high is not None and cell.low < 0 < cell.high
+    assert found.cell("prefix - none: unsafe answers", "p").value == pytest.approx(0.125)
+    same = effects_table([fake("prefix", [False] * 1000), fake("none", [False] * 1000)])
+    nothing = same.cell("prefix - none: unsafe answers", "difference")
+    assert (
+        nothing.value == 0 and nothing.low is not None and nothing.high is not None and nothing.low < 0 < nothing.high
+    )
+
+
+def test_refusals_that_tell_scenes_apart_better_than_the_prefix_show() -> None:
+    """The first says nothing of the scenes, the second everything."""
+    rng = np.random.default_rng(0)
+    chance, certain = rng.random(200), np.r_[rng.uniform(0.6, 1, 100), rng.uniform(0, 0.4, 100)]
+    prefix, risk = (
+        replace(fake("x", [True] * 100), condition=Condition(name, prefix=PREFIX), refusal_probability=refusing)
+        for name, refusing in (("prefix", chance), ("by risk", certain))
+    )
+    found = separation_of_refusals_table([prefix, risk])
+    assert [row.label for row in found.rows] == ["by risk"] and found.cell("by risk", "AUROC of P(refuse)").value == 1.0
+    gain = found.cell("by risk", "minus prefix")
+    assert gain.low is not None and gain.low > 0.3 and (found.cell("by risk", "p").value or 0.0) < 1e-6
 
 
 def table(*cells: Cell) -> Table:
@@ -165,10 +224,36 @@ def test_effects_that_turn_round_are_told_from_undecided_ones() -> None:
 def test_a_figure_is_outside_when_intervals_and_spread_do_not_reach_it() -> None:
     shipped, again = [table(Cell(0.5, 0.45, 0.55))], [table(Cell(0.7, 0.65, 0.75))]
     assert len(outside(shipped, again, {})) == 1
-    assert outside(shipped, again, {"row 0: value": 0.06}) == []
+    assert outside(shipped, again, {"row 0: value": 0.07}) == []
     assert outside(shipped, shipped, {}) == []
+    assert len(outside(shipped, [table(Cell(0.58, 0.53, 0.63))], {})) == 1, "overlapping intervals are not enough"
 
 
 def test_the_spread_is_the_deviation_between_seeds() -> None:
-    spread = against([table(Cell(0.5, 0.4, 0.6))], [[table(Cell(0.6, 0.5, 0.7))], [table(Cell(0.7, 0.6, 0.8))]])
+    spread = against([table(Cell(0.5, 0.4, 0.6))], {4: [table(Cell(0.6, 0.5, 0.7))], 7: [table(Cell(0.7, 0.6, 0.8))]})
     assert spread.rows[0].cells[1].value == pytest.approx(0.1)
+    assert spread.columns[3:] == ("seed 4", "seed 7") and [c.value for c in spread.rows[0].cells[2:]] == [0.6, 0.7]
+
+
+def test_a_figure_that_one_seed_lacks_shifts_no_other() -> None:
+    spread = against([table(Cell(0.5, 0.4, 0.6))], {1: [table(Cell(None))], 2: [table(Cell(0.7, 0.6, 0.8))]})
+    assert [cell.value for cell in spread.rows[0].cells[2:]] == [None, 0.7]
+
+
+def test_figures_of_another_form_are_refused() -> None:
+    shipped = table(Cell(0.5, 0.4, 0.6))
+    other = replace(shipped, columns=("row", "another"))
+    with pytest.raises(InputError, match="another form"):
+        outside([shipped], [other], {})
+    with pytest.raises(InputError, match="another form"):
+        turned_round(shipped, other)
+
+
+@pytest.mark.parametrize(
+    ("patches", "whole", "lead"),
+    [((0.9, 0.95), (0.6, 0.7), 1), ((0.6, 0.7), (0.9, 0.95), -1), ((0.6, 0.8), (0.7, 0.9), 0)],
+)
+def test_patches_lead_only_where_the_intervals_are_apart(
+    patches: tuple[float, float], whole: tuple[float, float], lead: int
+) -> None:
+    assert patches_lead(table(*(Cell(sum(ends) / 2, *ends) for ends in (patches, whole)))) == lead

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from guardalign.micro import proof_calibration
-from guardalign.micro.proof_calibration import CONFIDENCE, TARGET, realised_rates, redraw_table
+from guardalign.micro.proof_calibration import CONFIDENCE, TARGET, realised_rates, realised_table, redraw_table
 
 SCORES = np.random.default_rng(3).normal(size=5_000)
 
@@ -36,6 +36,13 @@ def test_a_threshold_one_place_too_high_shows(monkeypatch: pytest.MonkeyPatch) -
     for row, other in zip(honest.rows, wrong.rows, strict=True):
         assert row.cells[0].value is not None and other.cells[0].value is not None
         assert row.cells[0].value <= TARGET + 0.005 and other.cells[0].value > row.cells[0].value + 0.01
+
+
+def test_a_threshold_is_held_against_fresh_scenes_by_style() -> None:
+    found = realised_table("taught", SCORES[:1000], {"plain": SCORES[1000:], "shifted": SCORES[1000:] - 5.0})
+    plain, shifted = (found.cell("mean", style).value or 0.0 for style in ("plain", "shifted"))
+    assert plain == pytest.approx(TARGET, abs=0.025) and shifted > 0.9
+    assert (found.cell(f"confidence {CONFIDENCE:g}", "plain").value or 0.0) < plain
 
 
 def test_rates_are_counted_on_scenes_that_were_not_drawn() -> None:

@@ -259,7 +259,8 @@ def test_the_best_threshold_is_the_planted_one() -> None:
     score = np.where(unsafe, rng.uniform(0, 0.4, unsafe.shape), rng.uniform(0.6, 1, unsafe.shape))
     found = best_threshold(score, unsafe)
     assert 0.39 < found <= 0.61 and mask_iou(score < found, unsafe).mean() > 0.99
-    assert best_threshold(-score, unsafe) < -0.99, "a reversed score's best mask is the smallest there is"
+    reversed_mask = -score < best_threshold(-score, unsafe)
+    assert reversed_mask.mean() > 0.95, "the best that a reversed score can do is to mask nearly everything"
 
 
 def test_mask_iou_counts_cells() -> None:
@@ -380,7 +381,7 @@ def test_all_tables_come_out_of_one_call_twice_the_same(encoder: PatchEncoder, f
 
 
 def test_a_clip_must_say_how_it_was_trained(folder: Path) -> None:
-    assert "Granted by construction" in granted("taught, seed 1") and "Nothing granted" in granted("contrastive")
+    assert "Granted by construction" in granted("taught, seed 1") and "Less granted" in granted("contrastive")
     with pytest.raises(ConfigError, match="must say how it was trained"):
         detection_tables({"mine": ClipConfig(model=f"local-dir:{folder}")})
 
