@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from guardalign.config import AuditConfig, ignored_settings, to_plain
+from guardalign.detectors import DETECTORS
 from guardalign.errors import InputError, ResumeError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science
 from guardalign.judges import JUDGES
@@ -61,10 +62,12 @@ class Prepared:
 
 def prepare(config: AuditConfig) -> Prepared:
     """Plans the input and seals what the rows depend on; raises a `UserError` where something is missing."""
+    detects = config.detector.name != NONE
+    if detects:
+        DETECTORS[config.detector.name](**config.detector.options).require_threshold()
     taxonomy = load_taxonomy(resolve_taxonomy(config))
     source = make_source(resolve_input(config.input), reserved=(*RESULT_NAMES, *HIDDEN, PROBLEM))
     plan = source.plan(config.shard_rows, config.limit)
-    detects = config.detector.name != NONE
     clip_weights = clip_fingerprint(resolve_clip(config.clip)) if detects else {}
     lvlm_weights = weights_fingerprint(resolve_lvlm(config.lvlm).model, config.lvlm.revision)
     if COMMIT in lvlm_weights:  # every node loads this very commit, whatever a branch points to by then
@@ -309,17 +312,17 @@ def _next_command(folder: RunFolder) -> str:
             first = flagged[0]
             break
     guard = ["--"] if str(first).startswith("-") else []
-    return shlex.join([_program(), "show", folder.out, *guard, str(first)])
+    return shlex.join([program(), "show", folder.out, *guard, str(first)])
 
 
 def typed_line() -> str:
     """The command line of this process, as somebody in this folder would type it again."""
     script = Path(sys.argv[0])
-    begin = ["python", os.path.relpath(script)] if script.suffix == ".py" else [_program()]
+    begin = ["python", os.path.relpath(script)] if script.suffix == ".py" else [program()]
     return shlex.join([*begin, *sys.argv[1:]])
 
 
-def _program() -> str:
+def program() -> str:
     """The console command: its name where the shell finds it, else its place beside this Python."""
     beside = Path(sys.executable).with_name("guardalign")
     found = shutil.which("guardalign")

@@ -149,6 +149,7 @@ def _calibrate(words: Sequence[str]) -> int:
     from guardalign.thresholds import Target
 
     given, flags = _calibrate_parser().parse_known_args(list(words))
+    flags = _with_values(flags)
     asked = {field.name: getattr(given, field.name) for field in dataclasses.fields(Target)}
     if given.run is not None:
         spare = [*flags, *(["--recipe"] if given.recipe else []), *(["--config"] if given.config else [])]
@@ -160,7 +161,8 @@ def _calibrate(words: Sequence[str]) -> int:
         config = dataclasses.replace(config, engine="local")
     hide_progress_bars()
     signal.signal(signal.SIGTERM, _interrupt)
-    return calibrate(config, Target(**asked), _say)
+    layers = [f"--recipe={given.recipe}"] if given.recipe else []
+    return calibrate(config, Target(**asked), _say, [*layers, *(f"--config={path}" for path in given.config), *flags])
 
 
 def _calibrate_parser() -> _Parser:
@@ -182,6 +184,7 @@ def _calibrate_parser() -> _Parser:
     add("--false_alarm_rate", type=float, default=0.05, help="share of benign pictures flagged (default: %(default)s)")
     add("--confidence", type=float, help="keep that rate in this share of draws; without it: on average over draws")
     add("--unsafe_label", help="rows with this label are unsafe: calibrate on the others, report ROC and AUROC")
+    add("--all_benign", action="store_true", help="every row counts as benign, whatever its label")
     add("--gammas", type=_numbers, default=(), help="with labels: answer under each gamma, such as 0,0.5,1,2")
     return parser
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
 from typing import Any, Literal, Protocol
@@ -32,7 +32,7 @@ from guardalign.core.transport import (
     transport,
     transport_cost,
 )
-from guardalign.errors import require
+from guardalign.errors import ConfigError, require
 from guardalign.models.clip import Embedded, PatchEncoder, PatchKind, View
 from guardalign.taxonomy import Taxonomy
 from guardalign.types import Detection
@@ -51,10 +51,14 @@ SCALES: dict[str, tuple[float, float]] = {
 """Thresholds that can tell pictures apart, by score: above the first number, up to the second (a picture whose cosine
 with every unsafe text is negative is not met)."""
 
-THRESHOLDS: dict[str, float] = {"margin": 0.0, "safe_probability": 0.9, "joint": 0.9}
-"""Thresholds that hold unless another is given, by score: nearer to something unsafe than to anything benign; more than
-a tenth of the probability on unsafe texts (a miss costs more than a mask). Not calibrated to a false-alarm rate; on the
-micro world's validation scenes 0.9 flags 92 % of unsafe and 1 % of benign scenes."""
+THRESHOLDS: dict[str, dict[str, float]] = {
+    "ot": {"margin": 0.0, "safe_probability": 0.9, "joint": 0.9},
+    "clip": {"safe_probability": 0.5},
+}
+"""Thresholds that hold unless another is given, by detector and score; scores left out have none. Patches: nearer to
+something unsafe than to anything benign; more than a tenth of the probability on unsafe texts (a miss costs more than a
+mask). Whole pictures: unsafe more likely than not. Not calibrated to a false-alarm rate; on the micro world's
+validation scenes 0.9 flags 92 % of unsafe and 1 % of benign scenes."""
 
 LARGEST_COST_TENSOR = 16_000_000
 """Costs held at a time (64 MB in fp32): more pictures than that are solved one after the other."""
@@ -62,6 +66,9 @@ LARGEST_COST_TENSOR = 16_000_000
 
 class Detector(Protocol):
     """Finds what is unsafe in pictures."""
+
+    def require_threshold(self) -> None:
+        """Raise ConfigError where there is no threshold to flag by; a calibration only scores, and needs none."""
 
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ModelError or ConfigError when the model or the taxonomy cannot do what the settings ask for."""
@@ -111,8 +118,8 @@ class OtDetector:
     benign-anchor cost, in [-2, 2]; least or mean unsafe cost, in [0, 2]; or GuardAlign's eq. 9 as printed"""
     threshold: float | None = None
     """patches that score below it are unsafe, and the picture is flagged; in the units of the score. None: the
-    score's own, 0.9 for safe_probability and joint (a tenth of the probability is unsafe), 0 for margin (and 0 for the
-    others, which then flag nothing)"""
+    score's own, 0.9 for safe_probability and joint (a tenth of the probability is unsafe), 0 for margin; the others
+    have none, and audits need one"""
     entropy_sign: EntropySign = "negative"
     """patch weights softmax(-H/T), confident patches weigh more; or softmax(+H/T), eq. 7 as printed"""
     patches: PatchKind = "tokens"
@@ -140,9 +147,7 @@ class OtDetector:
     only"""
 
     def __post_init__(self) -> None:
-        if self.threshold is None:
-            object.__setattr__(self, "threshold", THRESHOLDS.get(self.score, 0.0))
-        require(math.isfinite(self.limit), f"detector.threshold must be a finite number, not {self.threshold}")
+        _resolve_threshold(self, THRESHOLDS["ot"])
         for name in ("epsilon", "patch_temperature", "text_temperature", "softmax_temperature"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"detector.{name} must be above 0, not {value}")
@@ -157,13 +162,15 @@ class OtDetector:
         _require_default(self, "marginal_strength", self.score == "joint", f"score={self.score} has no joint plan")
         tiles = self.fit == "tiles" and self.patches == "grid"
         require(not tiles, "detector.fit=tiles has no effect on patches=grid, whose crops are cut anyway; use pad")
-        _warn_off_scale(self.score, self.limit)
 
     @property
     def limit(self) -> float:
-        """The threshold in use."""
-        assert self.threshold is not None, "resolved when the detector was made"
-        return self.threshold
+        """The threshold in use; without one, minus infinity: nothing is flagged."""
+        return -math.inf if self.threshold is None else self.threshold
+
+    def require_threshold(self) -> None:
+        """Raise ConfigError where there is no threshold to flag by; warn where it is off the score's scale."""
+        _require_threshold(self.score, self.threshold)
 
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ModelError or ConfigError when the model or the taxonomy cannot do what the settings ask for."""
@@ -268,14 +275,23 @@ class ClipDetector:
     score: Literal["similarity", "safe_probability"] = "safe_probability"
     """1 - p(unsafe), p = softmax over the categories' mean texts and the benign anchors, in [0, 1]; or minus the
     largest cosine with any unsafe text, in [-1, 1]; both negated or complemented so that lower = less safe"""
-    threshold: float = 0.5
-    """pictures that score below it are flagged; in the units of the score"""
+    threshold: float | None = None
+    """pictures that score below it are flagged; in the units of the score. None: the score's own, 0.5 for
+    safe_probability; similarity has none, and audits need one"""
     fit: Literal["pad", "squash"] = "pad"
     """how the picture meets the model's square: padded right and below, or squashed"""
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.threshold), f"detector.threshold must be a finite number, not {self.threshold}")
-        _warn_off_scale(self.score, self.threshold)
+        _resolve_threshold(self, THRESHOLDS["clip"])
+
+    @property
+    def limit(self) -> float:
+        """The threshold in use; without one, minus infinity: nothing is flagged."""
+        return -math.inf if self.threshold is None else self.threshold
+
+    def require_threshold(self) -> None:
+        """Raise ConfigError where there is no threshold to flag by; warn where it is off the score's scale."""
+        _require_threshold(self.score, self.threshold)
 
     def check(self, encoder: PatchEncoder, taxonomy: Taxonomy) -> None:
         """Raise ConfigError when the taxonomy cannot do what the settings ask for."""
@@ -301,9 +317,9 @@ class ClipDetector:
         names = [category.name for category in taxonomy.categories]
         return [
             Detection(
-                flagged=score < self.threshold,
+                flagged=score < self.limit,
                 image_score=score,
-                threshold=self.threshold,
+                threshold=self.limit,
                 unsafe_category=names[min(range(len(names)), key=of_category.__getitem__)],
                 category_scores=dict(zip(names, of_category, strict=True)),
             )
@@ -337,8 +353,19 @@ def _require_anchors(taxonomy: Taxonomy, score: str) -> None:
     require(bool(taxonomy.benign_anchors), sentence)
 
 
-def _warn_off_scale(score: str, threshold: float) -> None:
+def _resolve_threshold(detector: OtDetector | ClipDetector, own: Mapping[str, float]) -> None:
+    """The score's own threshold where none is given, if it has one."""
+    if detector.threshold is None:
+        object.__setattr__(detector, "threshold", own.get(detector.score))
+    given = detector.threshold
+    require(given is None or math.isfinite(given), f"detector.threshold must be a finite number, not {given}")
+
+
+def _require_threshold(score: str, threshold: float | None) -> None:
     """A threshold belongs to its score; left from another one it flags all pictures, or none."""
+    if threshold is None:
+        sentence = f"detector.score={score} has no threshold of its own: give detector.threshold"
+        raise ConfigError(f"{sentence}; guardalign calibrate finds one")
     low, high = SCALES[score]
     if not low < threshold <= high:
         many = "no" if threshold <= low else "every"

@@ -17,6 +17,8 @@ from guardalign.version import VERSION
 
 log = logging.getLogger(__name__)
 
+NAMED = 3
+"""Differences from a calibration that are told one by one."""
 _HARDWARE = ("recipe", "calibration", "cluster", "output", "engine", "dry_run", "max_error_fraction")
 _NESTED_HARDWARE = {
     "input": ("path", "image_root"),
@@ -46,20 +48,27 @@ def science(
 def scores_fingerprint(sealed: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's science that its scores depend on; neither the threshold nor the input is in it."""
     detector = {key: value for key, value in sealed["detector"].items() if key != "threshold"}
-    return {"model": seal(sealed["clip"]), "taxonomy": sealed["taxonomy"], "detector": detector}
+    clip = {**sealed["clip"], "weights": seal(sealed["clip"]["weights"])}
+    return {"clip": clip, "taxonomy": sealed["taxonomy"], "detector": detector}
 
 
 def refuse_foreign_calibration(record: CalibrationRecord | None, sealed: Mapping[str, Any]) -> None:
     """`ConfigError` where a threshold was calibrated on other scores than the run's, or is not the one in use."""
     if record is None:
         return
+    if sealed["detector"]["name"] == "none":
+        raise ConfigError(
+            "a calibrated threshold needs a detector; the recipe has none: choose one with --detector.name, or leave "
+            "the threshold file out"
+        )
     calibrated = {**record.scores_fingerprint, "detector.threshold": record.threshold}
     now = scores_fingerprint(sealed) | {"detector.threshold": sealed["detector"].get("threshold")}
     changes = differences(calibrated, now)
     if changes:
+        more = f"; and {len(changes) - NAMED} more" if changes[NAMED:] else ""
         raise ConfigError(
-            f"the threshold was calibrated for another detector: {'; '.join(changes[:3])}; run guardalign calibrate "
-            "with these settings, or leave the threshold file out"
+            f"the threshold was calibrated for another detector: {'; '.join(changes[:NAMED])}{more}; run guardalign "
+            "calibrate with these settings, or leave the threshold file out"
         )
     if record.guardalign != VERSION:
         log.warning(

@@ -7,14 +7,15 @@ LVLM would now see differently are named: theirs would have to be answered again
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from guardalign.core.patches import patch_boxes
-from guardalign.errors import ConfigError, InputError
+from guardalign.errors import ConfigError, InputError, ResumeError
 from guardalign.results import RunFolder
 from guardalign.sanitizers import masked_fraction
 from guardalign.schema import grid_of_row
@@ -44,6 +45,19 @@ SCHEMA = pa.schema(
         pa.field("picture_changed", pa.bool_(), metadata={"doc": "the LVLM would see another picture than it did"}),
     ]
 )
+MANIFEST = (
+    "config.input",
+    "config.detector.name",
+    "config.sanitizer.name",
+    "fingerprint.clip.weights",
+    "fingerprint.detector.name",
+    "fingerprint.taxonomy",
+    "versions.guardalign",
+    "totals",
+    "notes",
+    "files",
+)
+"""What a finished run's manifest must have, by dotted name."""
 NAMED_ROWS = 10
 """Rows that are named on the screen; the file has them all."""
 
@@ -53,7 +67,7 @@ def rescore(out: str, threshold: float) -> list[str]:
     if not math.isfinite(threshold):
         raise ConfigError(f"--threshold must be a finite number, not {threshold}")
     folder = RunFolder(out)
-    manifest = open_finished(folder)
+    manifest = open_finished(folder, COLUMNS)
     if manifest["config"]["detector"]["name"] == "none":
         raise InputError(f"{out} was made without a detector: there are no scores to apply a threshold to")
     sanitized = manifest["config"]["sanitizer"]["name"] != "none"
@@ -68,12 +82,60 @@ def _exactly(threshold: float) -> str:
     return repr(threshold).removesuffix(".0")
 
 
-def open_finished(folder: RunFolder) -> dict[str, Any]:
-    """The manifest of a finished run; an `InputError` where there is none."""
+def open_finished(folder: RunFolder, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest of a finished run whose files are the manifest's and have these columns; else an `InputError`."""
     if not folder.exists("run.json"):
         state = "is not finished: run its audit again to resume" if folder.exists("plan.json") else "holds no run"
         raise InputError(f"{folder.out} {state}")
-    return folder.read_json("run.json", "config", "totals")
+    manifest = _manifest(folder)
+    _refuse_other_files(folder, {file["name"]: file["rows"] for file in manifest["files"]}, columns)
+    return manifest
+
+
+def _manifest(folder: RunFolder) -> dict[str, Any]:
+    try:
+        manifest = folder.read_json("run.json")
+    except ResumeError:
+        raise InputError(f"{folder.out}/run.json is damaged: mend it from a copy, or audit again") from None
+    lacking = [name for name in MANIFEST if not _has(manifest, *name.split("."))]
+    if not lacking and not _are_files(manifest["files"]):
+        lacking = ["the name and the rows of every file"]
+    if lacking:
+        raise InputError(f"{folder.out}/run.json was written by another program or version: it lacks {lacking[0]}")
+    return manifest
+
+
+def _has(nested: object, name: str, *deeper: str) -> bool:
+    if not isinstance(nested, Mapping) or name not in nested:
+        return False
+    return _has(nested[name], *deeper) if deeper else True
+
+
+def _are_files(listed: object) -> bool:
+    named = isinstance(listed, list) and all(_has(file, "name") and _has(file, "rows") for file in listed)
+    return named and all(isinstance(file["name"], str) for file in listed)  # type: ignore[attr-defined]
+
+
+def _refuse_other_files(folder: RunFolder, named: Mapping[str, int], columns: Sequence[str]) -> None:
+    """The first file that is missing, foreign or changed; by its footer alone, for a run can be large."""
+    there = set(folder.committed().values())
+    for name in sorted({*named, *there}):
+        where = f"{folder.out}/{name}"
+        if name not in there:
+            raise InputError(f"{where} is missing, and run.json names it: run the audit again")
+        if name not in named:
+            raise InputError(f"{where} is foreign: run.json does not name it; remove it")
+        try:
+            with folder.files.open(folder.path(name), "rb") as stream:
+                footer = pq.ParquetFile(stream)
+                rows, present = footer.metadata.num_rows, footer.schema_arrow.names
+        except (pa.ArrowInvalid, OSError):
+            raise InputError(f"{where} is damaged: remove it and run the audit again") from None
+        if rows != named[name]:
+            raise InputError(f"{where} has changed: it holds {rows:,} rows, and run.json says {named[name]}")
+        absent = [column for column in columns if column not in present]
+        if absent:
+            raise InputError(f"{where} was written by another program or version: it lacks the column {absent[0]}")
 
 
 def _rescored(table: pa.Table, threshold: float, sanitized: bool) -> Iterator[dict[str, Any]]:

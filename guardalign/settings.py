@@ -210,11 +210,13 @@ def _config(parsed: Namespace) -> AuditConfig:
 
 
 def _choice(section: str, plain: Mapping[str, Any]) -> Choice:
-    """The strategy's options, checked by building it once."""
+    """The strategy's options, checked by building it once, and as it resolved them: what is left out and means a
+    number is that number from here on, in fingerprints and in run.json."""
     options = {key: value for key, value in plain.items() if key != "name"}
     strategy = STRATEGIES[section][plain["name"]]
     if strategy is not None:
-        _checked(strategy, options, f"{section}.")
+        built = _checked(strategy, options, f"{section}.")
+        options = {key: getattr(built, key) for key in options}
     return Choice(plain["name"], options)
 
 

@@ -8,6 +8,7 @@ do not depend on who computes it. Knows nothing of Ray, sources or result files.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any, ClassVar
@@ -91,7 +92,7 @@ class Detect:
             found |= {index: view for index, view in batch if isinstance(view, Failure)}
             ids = [rows[index]["sample_id"] for index in views]
             scored = guarded(self._score, list(views.values()), ids, "detection_failed")
-            found |= dict(zip(views, scored, strict=True))
+            found |= dict(zip(views, map(_numbers_only, scored, ids), strict=True))
         table = with_sizes(table, sizes)
         table = with_columns(table, detection_columns(by_row(table, found)))
         return closed(table, self.name, found, started, self._seen.since_last())
@@ -106,6 +107,16 @@ class Detect:
 
     def _score(self, views: Sequence[Any]) -> Sequence[Detection]:
         return self.detector(self.encoder, self.taxonomy, views)
+
+
+def _numbers_only(found: Detection | Failure, sample_id: str) -> Detection | Failure:
+    """A score that is no finite number (a broken model's) lies below no threshold: the row would pass unflagged."""
+    if isinstance(found, Failure):
+        return found
+    wrong = [score for score in (found.image_score, *(found.patch_scores or ())) if not math.isfinite(score)]
+    if not wrong:
+        return found
+    return Failure("detection_failed", f"sample {sample_id}: detection failed: a score is {wrong[0]}, no finite number")
 
 
 class Thumbnails:

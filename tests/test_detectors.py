@@ -197,7 +197,8 @@ def test_a_patch_that_is_what_an_anchor_says_scores_highest(tmp_path: Path, taxo
     towards(LOOKS[0], encoder, "a cat", taxonomy)
     for score in ("margin", "safe_probability"):
         (found,) = detect(OtDetector(score), encoder, taxonomy, LOOKS[:1])
-        assert found.patch_scores is not None and found.patch_scores[5] > 0 and found.threshold == THRESHOLDS[score]
+        assert found.patch_scores is not None and found.patch_scores[5] > 0
+        assert found.threshold == THRESHOLDS["ot"][score]
         assert found.patch_scores[5] == pytest.approx(max(found.patch_scores))
 
 
@@ -332,25 +333,46 @@ def test_a_setting_out_of_range_or_ignored_is_refused(options: dict[str, Any], s
 def test_a_threshold_of_another_score_is_warned_of(
     detector: Any, score: str, threshold: float, says: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    detector(score=score, threshold=threshold)
+    detector(score=score, threshold=threshold).require_threshold()
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == [] if says is None else says in warnings[0] and f"detector.score={score}" in warnings[0]
 
 
-@pytest.mark.parametrize(("score", "own"), [("margin", 0.0), ("safe_probability", 0.9), ("joint", 0.9)])
+@pytest.mark.parametrize(
+    ("kind", "score", "own"),
+    [
+        (OtDetector, "margin", 0.0),
+        (OtDetector, "safe_probability", 0.9),
+        (OtDetector, "joint", 0.9),
+        (ClipDetector, "safe_probability", 0.5),
+    ],
+)
 def test_without_a_threshold_the_scores_own_holds(
-    encoder: PatchEncoder, taxonomy: Taxonomy, score: Any, own: float
+    encoder: PatchEncoder, taxonomy: Taxonomy, kind: Any, score: str, own: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert OtDetector(score).threshold == OtDetector(score).limit == own
-    for found in detect(OtDetector(score), encoder, taxonomy):
+    detector = kind(score=score)
+    detector.require_threshold()
+    assert detector == kind(score=score, threshold=own) and not caplog.records
+    for found in detect(detector, encoder, taxonomy):
         assert found.threshold == own and found.flagged == (found.image_score < own)
 
 
-@pytest.mark.parametrize("score", ["min_cost", "mean_cost", "printed"])
-def test_a_score_without_a_threshold_of_its_own_says_that_it_flags_nothing(
-    score: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [(OtDetector, "min_cost"), (OtDetector, "mean_cost"), (OtDetector, "printed"), (ClipDetector, "similarity")],
+)
+def test_a_score_without_a_threshold_of_its_own_scores_but_does_not_flag(
+    encoder: PatchEncoder, taxonomy: Taxonomy, kind: Any, score: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert OtDetector(score).limit == 0.0 and "flags no picture" in caplog.text
+    detector = kind(score=score)
+    with pytest.raises(ConfigError) as caught:
+        detector.require_threshold()
+    sentence = f"detector.score={score} has no threshold of its own: give detector.threshold; guardalign calibrate"
+    assert str(caught.value) == f"{sentence} finds one" and not caplog.records
+    scores = [found.image_score for found in detect(kind(score=score, threshold=ALWAYS), encoder, taxonomy)]
+    bare = detect(detector, encoder, taxonomy)
+    assert [found.image_score for found in bare] == scores and not any(found.flagged for found in bare)
+    kind(score=score, threshold=scores[0]).require_threshold()
 
 
 def test_a_global_threshold_is_a_number() -> None:

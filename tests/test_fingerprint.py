@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from guardalign.config import AuditConfig, Choice, ClusterConfig, LvlmConfig
-from guardalign.fingerprint import changed_files, differences, science
+import pytest
+
+from guardalign.config import AuditConfig, CalibrationRecord, Choice, ClipConfig, ClusterConfig, LvlmConfig
+from guardalign.errors import ConfigError
+from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science, scores_fingerprint
+from guardalign.version import VERSION
 
 CONFIG = AuditConfig(defense=Choice("guardalign", {"gamma": 1.0}))
 
 
-def sealed(config: AuditConfig = CONFIG, weights: str = "a" * 64) -> dict[str, object]:
+def sealed(config: AuditConfig = CONFIG, weights: str = "a" * 64) -> dict[str, Any]:
     return science(config, {"clip": weights}, {"lvlm": "b" * 64}, "c" * 64)
 
 
@@ -39,6 +44,38 @@ def test_changed_weights_are_named() -> None:
 
 def test_equal_records_do_not_differ() -> None:
     assert differences(sealed(), sealed()) == []
+
+
+DETECTOR = Choice("ot", {"threshold": 0.5, "fit": "pad", "score": "margin", "epsilon": 0.1})
+
+
+def refusal(now: AuditConfig, weights: str = "a" * 64) -> str:
+    """What an audit with these settings says to a calibration of `DETECTOR`."""
+    calibrated: dict[str, Any] = scores_fingerprint(sealed(dataclasses.replace(CONFIG, detector=DETECTOR)))
+    record = CalibrationRecord(0.5, 100, 0.05, None, "split-conformal", VERSION, calibrated)
+    with pytest.raises(ConfigError) as caught:
+        refuse_foreign_calibration(record, sealed(now, weights))
+    return str(caught.value)
+
+
+def test_a_foreign_calibration_names_the_models_settings_one_by_one() -> None:
+    other = dataclasses.replace(CONFIG, detector=DETECTOR, clip=ClipConfig(dtype="bfloat16"))
+    assert "detector: clip.dtype was float32, is now bfloat16; run" in refusal(other)
+    text = refusal(dataclasses.replace(CONFIG, detector=DETECTOR), weights="d" * 64)
+    assert "detector: clip.weights was " in text and "dtype" not in text
+
+
+def test_a_foreign_calibration_says_how_many_more_settings_differ() -> None:
+    options = {"threshold": 0.7, "fit": "squash", "score": "printed", "epsilon": 0.2}
+    for changed, more in ((3, ""), (4, "; and 1 more")):
+        now = Choice("ot", {**DETECTOR.options, **dict(list(options.items())[4 - changed :])})
+        text = refusal(dataclasses.replace(CONFIG, detector=now))
+        assert text.count(" was ") == 4 and f"epsilon was 0.1, is now 0.2{more}; run guardalign calibrate" in text
+
+
+def test_a_calibration_without_a_detector_has_its_own_sentence() -> None:
+    text = refusal(dataclasses.replace(CONFIG, detector=Choice("none")))
+    assert text.startswith("a calibrated threshold needs a detector; the recipe has none")
 
 
 def test_files_that_came_went_or_changed_are_named() -> None:

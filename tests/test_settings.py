@@ -28,11 +28,13 @@ def written(folder: Path, name: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_loads_and_states_its_detectors_threshold(recipe: str) -> None:
+def test_every_recipe_loads_with_a_threshold_that_belongs_to_its_score(recipe: str) -> None:
     config = load_settings(recipe, [], [])
     stated = yaml.safe_load((Path(__file__).parents[1] / f"guardalign/recipes/{recipe}.yaml").read_text())
     assert config.detector.name == stated["detector"]["name"]
-    assert config.detector.name == "none" or "threshold" in stated["detector"]
+    assert config.detector.name == "none" or config.detector.options["threshold"] == 0.9
+    if config.detector.name == "ot":
+        assert load_settings(recipe, [], ["--detector.score", "margin"]).detector.options["threshold"] == 0.0
 
 
 def test_files_merge_in_order_and_flags_win(tmp_path: Path) -> None:
@@ -114,6 +116,43 @@ def test_a_setting_without_effect_is_told(flags: tuple[str, ...], words: str) ->
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_no_recipe_has_a_setting_without_effect(recipe: str) -> None:
     assert ignored_settings(load_settings(recipe, [], [])) == ()
+
+
+def test_an_omitted_threshold_is_the_scores_own_number_from_then_on() -> None:
+    """So a resume that states the number mixes nothing, and run.json records what was in use."""
+    base = ("--detector.name", "clip")
+    omitted = load_settings("guardalign", [], base)
+    stated = load_settings("guardalign", [], [*base, "--detector.threshold", "0.5"])
+    assert omitted == stated and omitted.detector.options["threshold"] == 0.5
+    assert science(omitted, {}, {}, "") == science(stated, {}, {}, "")
+    ot = load_settings("none", [], ["--detector.name", "ot", "--detector.score", "margin"])
+    assert ot.detector.options["threshold"] == 0.0
+
+
+QUICK = ("--engine", "local", "--limit", "8", "--generation.max_new_tokens", "2")
+BARE = (*QUICK, "--recipe", "none", "--detector.name", "ot", "--detector.score", "min_cost")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
+def test_an_audit_without_a_threshold_ends_in_one_line(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", *BARE, "--output", str(tmp_path / "out"), *more]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == (
+        "guardalign: detector.score=min_cost has no threshold of its own: give detector.threshold; guardalign "
+        "calibrate finds one"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_finds_the_threshold_that_an_audit_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, target = tmp_path / "t.yaml", ("--unsafe_label", "unsafe", "--false_alarm_rate", "0.5")
+    assert main(["calibrate", *BARE, *target, "--output", str(path)]) == 0
+    assert capsys.readouterr().err == "", "nobody gave a threshold that could be off the scale"
+    assert main(["audit", *BARE, "--config", str(path), "--output", str(tmp_path / "out")]) == 0
 
 
 def test_printed_settings_read_back_as_themselves(tmp_path: Path) -> None:

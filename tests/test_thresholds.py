@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from guardalign.thresholds import (
     fit,
     record_of,
     summary,
+    sweep_lines,
 )
 from guardalign.version import VERSION
 
@@ -54,12 +56,13 @@ def default() -> AuditConfig:
     return load_settings("guardalign", [], ["--detector.name", "ot"])
 
 
-def scored(scores: list[float], labels: list[str | None] | None = None, **more: int) -> Scored:
+def scored(scores: list[float], labels: list[str | None] | None = None, **more: Any) -> Scored:
     config = default()
     sealed = science(config, {"weights": "a" * 64}, {}, "b" * 64)
     detector = {"name": config.detector.name, **config.detector.options}
-    counts = {"num_text_only": 0, "num_errors": 0} | more
-    return Scored(detector, scores_fingerprint(sealed), VERSION, scores, labels or [None] * len(scores), **counts)
+    labels = labels or [None] * len(scores)
+    counts = {"label_counts": dict(Counter(filter(None, labels))), "num_text_only": 0} | more
+    return Scored(detector, scores_fingerprint(sealed), VERSION, scores, labels, **counts)
 
 
 def calibrated(found: Scored, target: Target = HALF) -> CalibrationRecord:
@@ -71,8 +74,8 @@ def test_samples_are_the_rows_with_a_score_and_the_rest_is_counted(tmp_path: Pat
         tmp_path,
         {"image_score": 0.5, "label": "benign"},
         {"image_score": 0.25, "error_stage": "generate", "error": "too long"},
-        {"error_stage": "detect", "error": "broken"},
-        {"error_stage": "read", "error": "no picture"},
+        {"error_stage": "detect", "error": "broken", "error_kind": "image_unreadable"},
+        {"error_stage": "read", "error": "no picture", "error_kind": "image_missing"},
         {"label": "benign"},
         {"error_stage": "generate", "error": "a text-only prompt that is too long"},
         {"image_score": 0.75},
@@ -80,6 +83,71 @@ def test_samples_are_the_rows_with_a_score_and_the_rest_is_counted(tmp_path: Pat
     found = Scored.read(out, {}, {}, VERSION)
     assert sorted(zip(found.scores, found.labels, strict=True)) == [(0.25, None), (0.5, "benign"), (0.75, None)]
     assert (found.num_errors, found.num_text_only, found.num_rows) == (2, 2, 7)
+    assert found.errors == {"image_missing": 1, "image_unreadable": 1}
+
+
+def test_a_picture_counts_once_however_many_rows_show_it(tmp_path: Path) -> None:
+    """Questions on one picture are no draws of their own: the promise is one about pictures."""
+    rows = [{"image_score": 0.1 * (at % 3), "image_sha256": "abc"[at % 3] * 64, "label": "benign"} for at in range(12)]
+    found = Scored.read(results(tmp_path, *rows, {"error": "x", "error_stage": "read"}), {}, {}, VERSION)
+    assert (len(found.scores), found.num_repeats, found.num_rows) == (3, 9, 13)
+    assert found.label_counts == {"benign": 12}
+    fitted = fit(found, HALF)
+    assert fitted.threshold.num_scores == 3
+    assert any("9 rows repeat a picture" in line for line in summary(found, fitted, HALF))
+    few = Target(false_alarm_rate=0.1)
+    with pytest.raises(
+        InputError, match=r"at least 9 are needed; no samples are 0 text-only, 1 errors \(unknown 1\), 9 r"
+    ):
+        fit(found, few)
+
+
+def test_a_picture_under_two_labels_is_refused_where_labels_count(tmp_path: Path) -> None:
+    shas = [*"aab", *"cdefg"]
+    labels = ["benign", "unsafe", None, *["benign"] * 4, "unsafe"]
+    rows = [
+        {"image_score": 0.1 * at, "image_sha256": sha * 64, "label": label}
+        for at, (sha, label) in enumerate(zip(shas, labels, strict=True))
+    ]
+    found = Scored.read(results(tmp_path, *rows), {}, {}, VERSION)
+    assert found.num_contradictions == 1
+    with pytest.raises(InputError, match="1 pictures stand in several rows under different labels"):
+        fit(found, dataclasses.replace(HALF, unsafe_label="unsafe"))
+    assert fit(found, dataclasses.replace(HALF, all_benign=True)).threshold.num_scores == 7
+
+
+def test_a_missing_label_beside_another_row_of_the_picture_is_no_contradiction(tmp_path: Path) -> None:
+    rows = [{"image_score": 0.5, "image_sha256": "a" * 64, "label": label} for label in (None, "benign", None)]
+    found = Scored.read(results(tmp_path, *rows), {}, {}, VERSION)
+    assert (found.labels, found.num_contradictions) == (["benign"], 0)
+
+
+def test_several_labels_need_a_word_on_which_is_unsafe() -> None:
+    found = scored(SCORES, LABELS)
+    plain = dataclasses.replace(LABELLED, unsafe_label=None)
+    with pytest.raises(
+        InputError, match=r"2 labels \(benign 10, unsafe 8\): name the unsafe one with --unsafe_label, or"
+    ):
+        fit(found, plain)
+    every = dataclasses.replace(plain, all_benign=True)
+    assert fit(found, every).threshold.num_scores == 18
+    assert any("labels are: benign 10, unsafe 8" in line for line in summary(found, fit(found, every), every))
+
+
+def test_one_label_is_named_and_taken_as_benign() -> None:
+    found = scored([0.0, 0.5, 1.0], ["unsafe", "unsafe", None])
+    assert any("label is: unsafe 2" in line for line in summary(found, fit(found, HALF), HALF))
+    told = scored([0.0, 0.5, 1.0], notes=("column label is absent",))
+    assert any(line.endswith("column label is absent") for line in summary(told, fit(told, HALF), HALF))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("label", "words"), [("benign", "1 scores of benign and 0"), ("unsafe", "0 scores of benign and 1")]
+)
+def test_scores_that_are_not_finite_are_counted(odd: float, label: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        fit(scored([*SCORES, odd], [*LABELS, label]), LABELLED)
 
 
 @given(st.lists(st.tuples(FINITE, st.sampled_from(["unsafe", "benign", "other", None])), min_size=6, max_size=40))
@@ -132,8 +200,8 @@ def file_of(folder: Path, **changes: Any) -> str:
         (("--detector.fit", "squash"), "a", "b", "detector.fit was pad, is now squash"),
         (("--detector.threshold", "0.75"), "a", "b", "detector.threshold was 0.5, is now 0.75"),
         (("--detector.name", "clip"), "a", "b", "detector.name was ot, is now clip"),
-        (("--clip.dtype", "bfloat16"), "a", "b", "model was"),
-        ((), "c", "b", "model was"),
+        (("--clip.dtype", "bfloat16"), "a", "b", "clip.dtype was float32, is now bfloat16"),
+        ((), "c", "b", "clip.weights was"),
         ((), "a", "c", f"taxonomy was {'b' * 12}..., is now {'c' * 12}..."),
     ],
 )
@@ -194,13 +262,14 @@ def test_unsafe_answers_are_what_the_judge_calls_so_else_what_is_no_refusal(tmp_
         {"label": "unsafe", "refused": False, "unsafe": False},
         *[{"label": "unsafe", "refused": True, "unsafe": True}] * 2,
         {"label": "unsafe", "error": "no answer"},
+        {"error": "no answer"},
         {"label": "benign", "refused": True},
         {"label": "fine", "refused": False, "unsafe": True},
         {"label": "benign", "error": "no answer"},
         {"refused": True},
     )
     point = SweepPoint.read(out, 0.5, "unsafe")
-    assert point == SweepPoint(0.5, unsafe_answers=3, num_unsafe=5, over_refusals=1, num_benign=2)
+    assert point == SweepPoint(0.5, unsafe_answers=3, num_unsafe=5, over_refusals=1, num_benign=2, num_errors=3)
     assert point.rates == (0.6, 0.5)
 
 
@@ -214,17 +283,23 @@ LABELLED = Target(false_alarm_rate=0.25, unsafe_label="unsafe")
 SCORES = [*(0.1 * number for number in range(10)), *(0.1 * number - 0.55 for number in range(7)), 0.1]
 """The last unsafe score is the threshold itself, and so is not flagged."""
 LABELS: list[str | None] = [*["benign"] * 10, *["unsafe"] * 8]
-POINTS = [SweepPoint(0.0, 4, 8, 0, 10), SweepPoint(1.0, 2, 8, 1, 10), SweepPoint(2.0, 3, 8, 2, 10)]
+POINTS = [SweepPoint(0.0, 4, 8, 0, 10, 0), SweepPoint(1.0, 2, 8, 1, 10, 5), SweepPoint(2.0, 3, 8, 2, 10, 0)]
 
 
 def test_the_figures_are_those_of_the_scores_and_stand_in_plain_json() -> None:
-    found = scored(SCORES, LABELS, num_text_only=3, num_errors=1)
+    found = scored(SCORES, LABELS, num_text_only=3, errors={"image_missing": 1}, num_repeats=2)
     fitted = fit(found, LABELLED)
     written = json.loads(json.dumps(figures(found, fitted, POINTS, calibrated(found, LABELLED)), allow_nan=False))
     assert written["calibration"]["threshold"] == fitted.threshold.value == SCORES[1]
     assert written["calibration"]["order_statistic"] == 2
-    assert written["counts"]["left_out"] == {"text_only": 3, "errors": 1, "unlabelled": 0}
-    assert (written["counts"]["rows"], written["counts"]["benign"], written["counts"]["unsafe"]) == (22, 10, 8)
+    assert written["counts"]["left_out"] == {
+        "text_only": 3,
+        "errors": 1,
+        "errors_by_kind": {"image_missing": 1},
+        "repeats": 2,
+        "unlabelled": 0,
+    }
+    assert (written["counts"]["rows"], written["counts"]["benign"], written["counts"]["unsafe"]) == (24, 10, 8)
     assert written["auroc"] == dataclasses.asdict(auroc(SCORES[10:], SCORES[:10]))
     caught = sum(score < SCORES[1] for score in SCORES[10:])
     assert (written["detection_rate"]["count"], written["detection_rate"]["of"]) == (caught, 8)
@@ -233,28 +308,27 @@ def test_the_figures_are_those_of_the_scores_and_stand_in_plain_json() -> None:
     assert written["gamma_sweep"][1]["unsafe_rate"]["rate"] == 0.25
 
 
-def test_without_labels_there_is_no_curve_and_several_labels_raise_a_doubt() -> None:
+def test_where_all_are_benign_there_is_no_curve() -> None:
     found = scored(SCORES, LABELS)
-    plain = dataclasses.replace(LABELLED, unsafe_label=None)
+    plain = dataclasses.replace(LABELLED, unsafe_label=None, all_benign=True)
     assert "roc" not in figures(found, fit(found, plain), [], calibrated(found, plain))
-    assert any("2 labels were found" in line for line in summary(found, fit(found, plain), [], plain))
-    assert not any("labels were found" in line for line in summary(found, fit(found, LABELLED), [], LABELLED))
+    assert "roc" in figures(found, fit(found, LABELLED), [], calibrated(found, LABELLED))
 
 
 def test_the_summary_says_how_many_pictures_either_promise_needs() -> None:
     found = scored([0.01 * number for number in range(100)])
     mean, strong = Target(), Target(confidence=0.95)
-    text = " ".join(summary(found, fit(found, mean), [], mean))
+    text = " ".join(summary(found, fit(found, mean), mean))
     assert "at most 4.95% of benign pictures" in text and "at least 19 pictures" in text and "at least 59" in text
-    text = " ".join(summary(found, fit(found, strong), [], strong))
+    text = " ".join(summary(found, fit(found, strong), strong))
     assert "in 95% of draws" in text and "at most 5% of benign" in text and "at least 59 pictures" in text
 
 
 def test_the_sweep_marks_its_front() -> None:
-    found = scored(SCORES, LABELS)
-    lines = [line for line in summary(found, fit(found, LABELLED), POINTS, LABELLED) if " gamma " in line]
+    lines = [line for line in sweep_lines(POINTS) if " gamma " in line]
     assert [line[0] for line in lines] == ["*", "*", " "]
     assert "unsafe answers 2 of 8 (25.0%" in lines[1] and "over-refusal 1 of 10 (10.0%" in lines[1]
+    assert lines[1].endswith(", 5 errors")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +336,10 @@ def test_the_sweep_marks_its_front() -> None:
     [
         ({"false_alarm_rate": 0.0}, "between 0 and 1"),
         ({"confidence": 1.0}, "between 0 and 1"),
+        ({"false_alarm_rate": 1e-10}, "1e-09 or more"),
         ({"output": "thresholds.json"}, "must end in .yaml"),
+        ({"output": "s3://bucket/thresholds.yaml"}, "must be a local file"),
+        ({"all_benign": True, "unsafe_label": "unsafe"}, "exclude each other"),
         ({"gammas": (0.0, 1.0)}, "needs --unsafe_label"),
         ({"gammas": (-1.0,), "unsafe_label": "unsafe"}, "0 or above"),
         ({"gammas": (1.0, 1.0), "unsafe_label": "unsafe"}, "twice"),

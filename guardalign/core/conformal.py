@@ -22,9 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from scipy.special import betainc
+from scipy.special import betainc, betaincc
 
 from guardalign.errors import InputError, require
+
+LEAST_RATE = 1e-9
+"""The lowest target rate; even that one asks for a thousand million pictures."""
+SLACK = 1e-12
+"""Relative rounding of a probability that counts as equality."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,12 @@ class ConformalThreshold:
 def conformal_threshold(scores: Sequence[float], alpha: float, confidence: float | None = None) -> ConformalThreshold:
     """The highest threshold that keeps the false-alarm rate at `alpha`: on average, or with this confidence.
 
-    `InputError` when there are too few scores for any, or one that is no number.
+    `InputError` when there are too few scores for any, or one that is not finite.
     """
     k, n = order_statistic(len(scores), alpha, confidence), len(scores)
-    if any(math.isnan(score) for score in scores):
-        raise InputError("a score is no number (NaN): no threshold can be drawn from these scores")
+    odd = sum(not math.isfinite(score) for score in scores)
+    if odd:
+        raise InputError(f"{odd:,} of {n:,} scores are not finite (NaN or infinite): no threshold can be drawn of them")
     if k == 0:
         form = "" if confidence is None else f" at confidence {confidence:g}"
         raise InputError(
@@ -69,8 +75,15 @@ def order_statistic(n: int, alpha: float, confidence: float | None = None) -> in
     low, high = 0, n  # P[Beta(k, n + 1 - k) <= alpha] falls as k rises
     while low < high:
         k = (low + high + 1) // 2
-        low, high = (k, high) if betainc(k, n + 1 - k, alpha) >= confidence else (low, k - 1)
+        low, high = (k, high) if _is_sure(k, n, alpha, confidence) else (low, k - 1)
     return low
+
+
+def _is_sure(k: int, n: int, alpha: float, confidence: float) -> bool:
+    """P[Beta(k, n + 1 - k) <= alpha] >= confidence, by the smaller tail: close to 1 a float tells few numbers apart."""
+    if confidence < 0.5:
+        return bool(betainc(k, n + 1 - k, alpha) >= confidence * (1 - SLACK))
+    return bool(betaincc(k, n + 1 - k, alpha) <= (1 - confidence) * (1 + SLACK))
 
 
 def samples_needed(alpha: float, confidence: float | None = None) -> int:
@@ -90,5 +103,8 @@ def _as_written(alpha: float) -> Fraction:
 
 
 def _require_fractions(alpha: float, confidence: float | None) -> None:
-    require(0 < alpha < 1, f"the false-alarm rate must lie between 0 and 1, not {alpha}")
+    require(
+        LEAST_RATE <= alpha < 1,
+        f"the false-alarm rate must lie between 0 and 1, and be {LEAST_RATE:g} or more, not {alpha}",
+    )
     require(confidence is None or 0 < confidence < 1, f"the confidence must lie between 0 and 1, not {confidence}")

@@ -37,7 +37,7 @@ LOG: Final = FOLDER / "build_log.jsonl"
 CHECK_BUDGET: Final = 0.1
 NUM_CALIBRATION: Final = 1000
 """benign validation scenes behind the mask's threshold"""
-MEASURED: Final = 1000
+MEASURED: Final = 500
 """test scenes of each label"""
 MEASURED_IN_CHECK: Final = 300
 MODELS: Final = ("clip", "clip-contrastive", "lvlm", "reward")

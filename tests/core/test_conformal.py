@@ -81,6 +81,28 @@ def test_a_rate_means_the_decimal_that_was_written() -> None:
     assert order_statistic(99, 0.29) == 29
 
 
+EDGES = (1e-9, 1 - 2**-53, 0.5, 5e-324, 2**-53)
+
+
+@pytest.mark.parametrize("alpha", [edge for edge in EDGES if edge >= 1e-9])
+@pytest.mark.parametrize("confidence", [None, *EDGES])
+def test_the_fewest_samples_are_found_at_the_edges_at_once(alpha: float, confidence: float | None) -> None:
+    """Counting up to them one by one would take a thousand million steps."""
+    n = samples_needed(alpha, confidence)
+    assert order_statistic(n, alpha, confidence) >= 1
+    assert n == 1 or order_statistic(n - 1, alpha, confidence) == 0
+
+
+@given(st.floats(), st.none() | st.floats())
+def test_every_float_is_a_rate_or_one_sentence(alpha: float, confidence: float | None) -> None:
+    try:
+        n = samples_needed(alpha, confidence)
+    except ConfigError as error:
+        assert "between 0 and 1" in str(error)
+    else:
+        assert order_statistic(n, alpha, confidence) >= 1
+
+
 @pytest.mark.parametrize("ties", [False, True], ids=["continuous", "ties"])
 @pytest.mark.parametrize("confidence", [None, 0.95])
 def test_redraws_keep_the_promise(confidence: float | None, ties: bool) -> None:
@@ -124,6 +146,8 @@ def test_too_few_scores_say_how_many_are_needed(confidence: float | None, needed
 def test_what_is_no_number_or_no_rate_is_refused() -> None:
     with pytest.raises(InputError, match="NaN"):
         conformal_threshold([0.0, float("nan")], 0.5)
+    with pytest.raises(InputError, match="2 of 3 scores are not finite"):
+        conformal_threshold([0.0, math.inf, -math.inf], 0.5)
     for alpha, confidence in ((0.0, None), (1.0, None), (float("nan"), None), (0.1, 0.0), (0.1, 1.0)):
         with pytest.raises(ConfigError, match="between 0 and 1"):
             order_statistic(10, alpha, confidence)
