@@ -54,6 +54,10 @@ class Receipt:
     """rows with a detection"""
     flagged: int = 0
     """of these, flagged"""
+    masked: int = 0
+    """rows whose picture the sanitizer changed"""
+    masked_patches: int = 0
+    """unsafe patches of these"""
     judged: int = 0
     """answered rows that a judge decided (refused is not null)"""
     refused: int = 0
@@ -85,12 +89,16 @@ def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Re
     """Counts a shard's result rows."""
     flagged, refused = result["flagged"].to_pylist(), result["refused"].to_pylist()
     kinds = Counter(kind for kind in result["error_kind"].to_pylist() if kind is not None)
+    changed = [bool(share) for share in result["masked_fraction"].to_pylist()]
+    patches = [len(found or ()) for found in result["unsafe_patches"].to_pylist()]
     return Receipt(
         shard=shard,
         num_rows=result.num_rows,
         errors=dict(sorted(kinds.items())),
         detected=sum(value is not None for value in flagged),
         flagged=sum(value is True for value in flagged),
+        masked=sum(changed),
+        masked_patches=sum(count for count, is_masked in zip(patches, changed, strict=True) if is_masked),
         judged=sum(value is not None for value in refused),
         refused=sum(value is True for value in refused),
         num_images=result.num_rows - result["image_sha256"].null_count,

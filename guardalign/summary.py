@@ -22,6 +22,10 @@ class Totals:
     """rows with a detection"""
     flagged: int = 0
     """of these, flagged"""
+    masked: int = 0
+    """rows whose picture the sanitizer changed"""
+    masked_patches: int = 0
+    """unsafe patches of these"""
     judged: int = 0
     """rows with a verdict on refusal"""
     refused: int = 0
@@ -61,6 +65,8 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
             images=receipt.num_images,
             detected=receipt.detected,
             flagged=receipt.flagged,
+            masked=receipt.masked,
+            masked_patches=receipt.masked_patches,
             judged=receipt.judged,
             refused=receipt.refused,
             tokens=receipt.num_tokens,
@@ -89,6 +95,7 @@ def summary_lines(
     return [
         f"rows      {whole.rows:,}: {whole.answered:,} answered, {whole.num_errors:,} errors",
         f"flagged   {rate(whole.flagged, whole.detected)}",
+        f"masked    {whole.masked_patches:,} unsafe patches in {whole.masked:,} pictures",
         f"refused   {rate(whole.refused, whole.judged)}",
         *_label_lines(whole.labels),
         f"errors    {kinds}",

@@ -67,7 +67,13 @@ def test_every_input_has_one_complete_row(undisturbed: Path) -> None:
 
 def test_run_json_tells_the_whole_run(undisturbed: Path) -> None:
     manifest = json.loads((undisturbed / "run.json").read_text())
-    assert manifest["totals"]["rows"] == NUM_ROWS
+    totals = manifest["totals"]
+    assert totals["rows"] == NUM_ROWS
+    found = list(rows(undisturbed).values())
+    masked = [row for row in found if row["masked_fraction"]]
+    assert totals["masked"] == len(masked) == totals["flagged"] > 0
+    assert totals["masked_patches"] == sum(len(row["unsafe_patches"]) for row in masked) >= len(masked)
+    assert totals["refused"] == sum(row["refused"] is True for row in found)
     assert manifest["counters"]["clip_loads"] == manifest["counters"]["lvlm_loads"] == 1
     assert manifest["counters"]["lvlm_forward_calls"] > 8
     run_folder = RunFolder(str(undisturbed))
