@@ -14,9 +14,10 @@ At phi = 0 nothing is wished for, c = 1, and the score is 1 - p(unsafe) of the p
 is c**, one factor a text and picture, below 1 for texts that ask for more of the picture than b grants. At phi = 1 the
 plan is balanced. b is uniform over all texts.
 
-A negative result, kept so that it can be measured again: on the micro world's validation scenes c at phi = 0.2 raised
-the AUROC of the taught CLIP under a shift (.880 to .886), less than a temperature of 1.67 without transport (.889),
-and lowered that of the contrastive CLIP (.793 to .790). Balanced (phi = 1) it did harm on every set that was tried.
+A negative result, kept so that it can be measured again: on validation scenes of the micro world's first build c at
+phi = 0.2 raised the AUROC of the taught CLIP under a shift (.880 to .886), less than a temperature of 1.67 without
+transport (.889), and lowered that of the contrastive CLIP (.793 to .790). Balanced (phi = 1) it did harm on every set
+that was tried. The proof's tables (guardalign/micro/PROOF.md) hold both again, on test scenes of the shipped build.
 
 The form is that of unbalanced transport (Chizat et al. 2018, Math. Comp. 87, 2563-2609), relaxed on one side.
 Legend: B samples, P patches, K unsafe categories, N texts: the categories' mean texts first, then the benign anchors.

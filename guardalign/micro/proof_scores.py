@@ -46,7 +46,7 @@ DETECTOR: Final = OtDetector()
 WITHOUT_TRANSPORT: Final = "safe_probability"
 """the detector's name for what stands here as log-odds"""
 SOFTENED: Final = 1.67
-"""temperature at which p(unsafe) without transport was best on validation scenes"""
+"""temperature at which p(unsafe) without transport was best on validation scenes of the first build"""
 MAX_PIXELS: Final = 10**6
 PICTURES_AT_ONCE: Final = 64
 
