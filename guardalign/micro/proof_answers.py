@@ -282,10 +282,3 @@ def _prompt(lvlm: Lvlm, condition: Condition, scene: TestScene, picture: Image.I
     count = prompt.prefix[1] - prompt.prefix[0]
     first = prompt.image[len(prompt.image) // 2 - count // 2]
     return replace(prompt, prefix=(first, first + count))
-
-
-def rates(found: Outcome) -> Iterator[tuple[str, int, int]]:
-    """Name, count and number of each rate."""
-    for name in ("unsafe", "over_refused", "exact"):
-        values = getattr(found, name)
-        yield name, int(values.sum()), len(values)
