@@ -29,8 +29,8 @@ WHAT: Final = {
     ),
     "clip-contrastive": (
         "Micro CLIP (contrastive only)",
-        "The same sizes, trained on scenes, and on crops of 4 x 4 patches, with captions alone; a picture's vector is the "
-        "mean of its patches'. Nobody told its patches what they show: the hard case, nearer to a real CLIP.",
+        "The same sizes, trained on scenes, and on crops of 4 x 4 patches, with captions alone; a picture's vector is "
+        "the mean of its patches'. Nobody told its patches what they show: the hard case, nearer to a real CLIP.",
     ),
     "lvlm": (
         "Micro LVLM",
@@ -38,8 +38,8 @@ WHAT: Final = {
         "a projector, a Llama of width 160 and 6 layers, a byte-level tokenizer. **Granted by construction:** picture "
         "tokens were drawn towards the words for what they show and where they stand; the labels refuse unsafe "
         "requests by chance, more often for large objects and under a safety prefix, and nearly as many prompts "
-        "(30 against 35 in 100) carry a neutral prefix that changes nothing. How to answer under masks or a calibration was not taught. Its "
-        '"harmful" answer is one fixed sentence.',
+        "(30 against 35 in 100) carry a neutral prefix that changes nothing. How to answer under masks or a "
+        'calibration was not taught. Its "harmful" answer is one fixed sentence.',
     ),
     "reward": (
         "Micro reward scorer",
