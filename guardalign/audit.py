@@ -25,6 +25,7 @@ from guardalign.config import AuditConfig, ignored_settings, to_plain
 from guardalign.defenses import defense_of, fingerprint_of
 from guardalign.detectors import DETECTORS
 from guardalign.errors import InputError, ResumeError, RunFailedError
+from guardalign.faults import reach
 from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science
 from guardalign.judges import judge_of, pinned
 from guardalign.micro import NOTICE, is_embedded, resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
@@ -220,6 +221,7 @@ def _finish(
     reconcile(prepared.plan, every)
     refuse_double_rows(folder)
     whole = totals(every)
+    reach("manifest.begin")
     folder.write_json("run.json", _manifest(prepared, every, whole, totals(receipts), run_id, attempts, seconds))
     return whole
 

@@ -95,9 +95,17 @@ class InputConfig:
     """folder that relative image paths start from; None means the table's own folder"""
     max_image_pixels: int = 100_000_000
     """pictures with more pixels are refused before they are decoded [px]"""
+    allow_urls: bool = False
+    """pictures named by a web address (http, https) are fetched; private and local addresses never are"""
+    url_seconds: float = 20.0
+    """longest time for one fetched picture, redirects included [s]"""
+    url_bytes: int = 50_000_000
+    """fetched pictures that are larger are refused [bytes]"""
 
     def __post_init__(self) -> None:
         require(self.max_image_pixels > 0, "input.max_image_pixels must be positive")
+        require(self.url_seconds > 0, "input.url_seconds must be positive")
+        require(self.url_bytes > 0, "input.url_bytes must be positive")
         needs_path = self.format not in (EMBEDDED, "micro")
         require(bool(self.path) or not needs_path, f"input.path is missing: format {self.format} needs a path")
         sentence = f"input.path is set but input.format is {self.format}; name the path's format"
@@ -216,6 +224,15 @@ class ClusterConfig:
     """logical CPUs each of them holds"""
     threads: int = 1
     """torch CPU threads in each actor and in the local engine; rows are bit-equal only under the same number"""
+    isolated: bool = True
+    """each pool's models work in a process of their own, watched from outside: a row that kills or hangs it costs that
+    row alone; false: they work in the Ray actor, or in this process, and die with it"""
+    shard_seconds: float | None = 3600.0
+    """longest time a pool may take for one shard, models loaded [s]; then the rows in hand are tried one by one, each
+    with this limit, and one that reaches it alone becomes an error row; null: no limit; needs cluster.isolated"""
+    worker_gib: float | None = None
+    """memory (resident) that a pool's process may take [GiB]; one that takes more is stopped, and the row that made it
+    do so becomes an error row; null: no limit but the machine's; needs cluster.isolated"""
     log_seconds: float = 30.0
     """seconds between progress lines when the output is no terminal"""
 
@@ -225,6 +242,9 @@ class ClusterConfig:
         for name in ("detect_gpus", "generate_gpus", "judge_gpus", "detect_cpus", "generate_cpus", "judge_cpus"):
             require(getattr(self, name) >= 0, f"cluster.{name} must be 0 or above")
         require(self.log_seconds > 0, "cluster.log_seconds must be positive")
+        for name in ("shard_seconds", "worker_gib"):
+            limit = getattr(self, name)
+            require(limit is None or limit > 0, f"cluster.{name} must be positive, or null")
 
 
 @dataclass(frozen=True)
@@ -288,6 +308,9 @@ class AuditConfig:
     """only the first N rows"""
     max_error_fraction: float | None = None
     """exit code 1 when a larger share of rows ends in an error, in [0, 1]; None: never"""
+    self_check: bool = True
+    """canary rows with known answers pass through the loaded models before the first shard, and a part of them after
+    every shard; a canary that fails stops the run, one that drifts marks it"""
     dry_run: bool = False
     """print the plan and the columns, check the models, run nothing"""
 
@@ -316,6 +339,8 @@ def ignored_settings(config: AuditConfig) -> tuple[str, ...]:
         found.append("generation.top_p and top_k have no effect at temperature 0, which decodes greedily")
     if config.cluster.judge_actors > 1 and not _judges_apart(config.judge):
         found.append(f"cluster.judge_actors has no effect: judge {config.judge.name} works in the second pool")
+    if not config.cluster.isolated and config.cluster.worker_gib is not None:
+        found.append("cluster.worker_gib has no effect: cluster.isolated is false")
     if config.images.keep == "flagged" and config.detector.name == "none":
         found.append("images.keep flagged keeps nothing: without a detector nothing is flagged")
     return tuple(found)

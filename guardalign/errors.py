@@ -28,6 +28,9 @@ ErrorKind = Literal[
     "sanitizing_failed",
     "generation_failed",
     "judging_failed",
+    "out_of_memory",
+    "killed_worker",
+    "timed_out",
 ]
 ERROR_KINDS: tuple[str, ...] = get_args(ErrorKind)
 """The closed list of the result column `error_kind`."""

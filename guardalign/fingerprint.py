@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 NAMED = 3
 """Differences from a calibration that are told one by one."""
-_HARDWARE = ("recipe", "calibration", "cluster", "output", "engine", "dry_run", "max_error_fraction")
+_HARDWARE = ("recipe", "calibration", "cluster", "output", "engine", "dry_run", "max_error_fraction", "self_check")
 _NESTED_HARDWARE = {
-    "input": ("path", "image_root"),
+    "input": ("path", "image_root", "url_seconds"),
     "clip": ("model", "pretrained", "device", "batch_size"),
     "lvlm": ("model", "revision", "device", "device_map", "batch_size"),
     "judge": (

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from guardalign.errors import ErrorKind, RowError, UserError
+from guardalign.in_hand import in_hand
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -29,11 +31,16 @@ class Failure:
 
 
 def guarded(
-    work: Callable[[Sequence[A]], Sequence[B | RowError]], items: Sequence[A], ids: Sequence[str], kind: ErrorKind
+    work: Callable[[Sequence[A]], Sequence[B | RowError]],
+    items: Sequence[A],
+    ids: Sequence[str],
+    kind: ErrorKind,
+    tells: bool = True,
 ) -> list[B | Failure]:
     """`work(items)`; if it fails, halves it until each culprit stands alone and becomes a `Failure`.
 
-    Where the work itself gives a row's `RowError` in its place, nothing is done twice.
+    Where the work itself gives a row's `RowError` in its place, nothing is done twice. The rows are in hand meanwhile;
+    work that `tells` not says by itself which rows are (`in_hand.py`).
 
     This is the one guard of the package. What the user can mend (`UserError`) stops the run instead: it is no row's
     fault. An unforeseen error's text may hold a row's content, so only its type and place are told.
@@ -41,7 +48,8 @@ def guarded(
     if not items:
         return []
     try:
-        found = zip(work(items), ids, strict=True)
+        with in_hand(ids) if tells else nullcontext():
+            found = zip(work(items), ids, strict=True)
         return [_failure(each, id_, kind) if isinstance(each, RowError) else each for each, id_ in found]
     except UserError:
         raise
@@ -50,7 +58,8 @@ def guarded(
             return [_failure(error, ids[0], kind)]
         log.debug("a batch of %d rows failed with %s; halving it", len(items), type(error).__name__)
     half = len(items) // 2
-    return guarded(work, items[:half], ids[:half], kind) + guarded(work, items[half:], ids[half:], kind)
+    halves = (items[:half], ids[:half]), (items[half:], ids[half:])
+    return [each for some, theirs in halves for each in guarded(work, some, theirs, kind, tells)]
 
 
 def _failure(error: Exception, sample_id: str, kind: ErrorKind) -> Failure:

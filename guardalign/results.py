@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from guardalign.errors import ConfigError, ResumeError, UserError
+from guardalign.faults import reach
 from guardalign.schema import PLANNED, TIMED_STAGES, Trace, to_result, trace_of, with_columns
 
 RECEIPT_KEY = "guardalign.receipt"
@@ -213,10 +214,16 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{Path(target).name}.{os.getpid()}.tmp"
         with temporary.open("wb") as stream:
-            stream.write(content)
+            half = len(content) // 2
+            stream.write(content[:half])
+            stream.flush()
+            reach("write.half")
+            stream.write(content[half:])
             stream.flush()
             os.fsync(stream.fileno())
+        reach("write.whole")
         os.replace(temporary, target)
+        reach("write.renamed")
         _flush_folder(folder)
 
     def clear_temporary(self) -> int:
@@ -277,6 +284,7 @@ class ShardWriter:
 
     def commit(self, table: pa.Table) -> Receipt:
         """Writes a shard's working table, and tells what it holds."""
+        reach("commit.begin")
         shard, planned = _only(table, "shard"), _only(table, PLANNED)
         assert table.num_rows == planned, f"shard {shard} has {table.num_rows} rows, {planned} were planned"
         trace = trace_of(table)

@@ -21,7 +21,9 @@ from guardalign.core.patches import patch_boxes
 from guardalign.defenses import Defense
 from guardalign.detectors import Detector
 from guardalign.errors import RowError
+from guardalign.faults import strike
 from guardalign.guard import Failure, guarded
+from guardalign.in_hand import in_hand
 from guardalign.judges import Exchange, ReadyJudge
 from guardalign.models.asking import Asking
 from guardalign.models.clip import PatchEncoder
@@ -102,6 +104,7 @@ class Detect:
 
     def _view(self, row: Mapping[str, Any], sizes: dict[int, Size], index: int) -> Any:
         def look(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+            strike(self.name, rows[0]["sample_id"])
             decoded = decode(rows[0][IMAGE], self.max_image_pixels, rows[0]["sample_id"], self.at_least)
             sizes[index] = size_of(decoded)
             return [self.detector.view(self.encoder, decoded)]
@@ -216,7 +219,7 @@ class Generate:
         def answer(some: Sequence[int]) -> list[Reply | RowError]:
             return self.lvlm.outcomes(self._askings(rows, some, sizes), self.batch_size)
 
-        replies = dict(zip(order, guarded(answer, order, ids, "generation_failed"), strict=True))
+        replies = dict(zip(order, guarded(answer, order, ids, "generation_failed", tells=False), strict=True))
         table = with_sizes(table, sizes)
         columns = reply_columns(by_row(table, replies)) | {"defense": [self.defense_name] * table.num_rows}
         return closed(with_columns(table, columns), self.name, replies, started, self._seen.since_last())
@@ -237,7 +240,9 @@ class Generate:
     def _answering(self, case: Case | Failure) -> Asking[Reply]:
         if isinstance(case, Failure):
             raise RowError(case.kind, case.message)
-        return (yield from self.defense.answer(self.lvlm, case, self.generation))
+        with in_hand([case.sample.sample_id]):
+            strike(self.name, case.sample.sample_id)
+            return (yield from self.defense.answer(self.lvlm, case, self.generation))
 
     def _case(self, row: Mapping[str, Any], sizes: dict[int, Size], index: int) -> Case | Failure:
         def look(rows: Sequence[Mapping[str, Any]]) -> list[Case]:
@@ -285,6 +290,7 @@ class Judge:
 
     def _exchange(self, row: Mapping[str, Any]) -> Exchange | Failure:
         def look(rows: Sequence[Mapping[str, Any]]) -> list[Exchange]:
+            strike(self.name, rows[0]["sample_id"])
             picture = None
             if self.judge.sees_pictures and rows[0][IMAGE] is not None:
                 picture = decode(rows[0][IMAGE], self.max_image_pixels, rows[0]["sample_id"]).picture

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from guardalign.cli import main
 from guardalign.schema import VOLATILE
 
-QUICK = ("--generation.max_new_tokens", "4", "--engine", "local")
+QUICK = ("--generation.max_new_tokens", "4", "--engine", "local", "--cluster.isolated", "false")
 NUM_ROWS = 64
 """rows of the embedded sample that a test runs through, unless it says otherwise"""
 

@@ -11,13 +11,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "guardalign"
 FLOORS = (
-    ("types", "errors", "schema", "config", "version"),
+    ("types", "errors", "schema", "config", "version", "faults", "in_hand"),
     ("core",),
     ("models",),
     ("taxonomy", "detectors", "sanitizers", "judges", "sources", "benchmarks", "defenses"),
-    ("stages", "guard", "working", "results", "fingerprint"),
+    ("stages", "guard", "working", "results", "fingerprint", "canaries", "supervision", "worker"),
     (
         "pipeline",
+        "verify",
         "micro",
         "settings",
         "progress",

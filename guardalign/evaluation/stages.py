@@ -17,7 +17,9 @@ from guardalign.config import GenerationConfig, LvlmConfig
 from guardalign.defenses import Defense
 from guardalign.errors import RowError
 from guardalign.evaluation.sharing import side_by_side
+from guardalign.faults import strike
 from guardalign.guard import Failure, guarded
+from guardalign.in_hand import in_hand
 from guardalign.models.asking import Asking
 from guardalign.models.decoding import Decoder
 from guardalign.results import RunFolder, shard_name
@@ -212,7 +214,7 @@ class AnswerAll(Generate):
             return [each.value for each in ended]
 
         ids = [rows[group[0]]["sample_id"] for group in groups]
-        found = guarded(answer, groups, ids, "generation_failed")
+        found = guarded(answer, groups, ids, "generation_failed", tells=False)
         return [self._by_row(group, each) for group, each in zip(groups, found, strict=True)]
 
     @staticmethod
@@ -251,7 +253,9 @@ class AnswerAll(Generate):
         if isinstance(case, Failure):
             raise RowError(case.kind, case.message)
         method = self.methods[recipe]
-        return (yield from method.defense.answer(self.lvlm, case, method.generation))
+        with in_hand([case.sample.sample_id]):
+            strike(self.name, case.sample.sample_id)
+            return (yield from method.defense.answer(self.lvlm, case, method.generation))
 
 
 class JudgeOf:
