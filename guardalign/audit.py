@@ -31,13 +31,14 @@ from guardalign.judges import judge_of, pinned
 from guardalign.micro import NOTICE, is_embedded, resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
-from guardalign.pipeline import ENGINES, NONE, PROBLEM, steps
+from guardalign.pipeline import ENGINES, NONE, steps
 from guardalign.progress import Progress
 from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
 from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
 from guardalign.sources import Plan, Shard, Source, make_source
 from guardalign.sources.planning import IdLedger
 from guardalign.summary import Totals, summary_lines, totals
+from guardalign.supervision import PROBLEM
 from guardalign.taxonomy import Taxonomy, load_taxonomy
 from guardalign.version import VERSION
 
@@ -222,7 +223,8 @@ def _finish(
     refuse_double_rows(folder)
     whole = totals(every)
     reach("manifest.begin")
-    folder.write_json("run.json", _manifest(prepared, every, whole, totals(receipts), run_id, attempts, seconds))
+    manifest = _manifest(prepared, every, whole, totals(receipts), run_id, attempts, seconds)
+    folder.write_sealed("run.json", manifest | {"records": folder.checksums("plan.json", "inputs.parquet")})
     return whole
 
 

@@ -8,12 +8,11 @@ imports Ray, and it does so only when the Ray engine runs. Knows nothing of resu
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from guardalign.config import AuditConfig
 from guardalign.defenses import defense_of
 from guardalign.detectors import DETECTORS
 from guardalign.errors import UserError
+from guardalign.faults import reach
 from guardalign.judges import Judge as JudgeProtocol
 from guardalign.judges import judge_of
 from guardalign.micro import resolve_clip, resolve_lvlm
@@ -31,7 +31,9 @@ from guardalign.sanitizers import SANITIZERS
 from guardalign.schema import PLANNED, with_columns
 from guardalign.sources import Shard, Source
 from guardalign.stages import Detect, Generate, GenerateAndJudge, Judge, Sanitize, Thumbnails, admit
+from guardalign.supervision import Pool, as_table, receipt_of, staged
 from guardalign.taxonomy import Taxonomy
+from guardalign.worker import Order
 
 Stage = Callable[[pa.Table], pa.Table]
 POOLS = ("detect", "generate", "judge")
@@ -94,6 +96,7 @@ def _generate_and_judge(config: AuditConfig, judge: JudgeProtocol) -> Stage:
 
 def read_shard(source: Source, shard: Shard) -> pa.Table:
     """A shard's rows as the first working table."""
+    reach("read.shard")
     table = source.read(shard)
     assert table.num_rows == shard.num_rows, f"shard {shard.index}: {table.num_rows} rows, {shard.num_rows} planned"
     rows = shard.num_rows
@@ -115,61 +118,14 @@ def run_locally(
     listed: Sequence[Step] | None = None,
 ) -> Iterator[Receipt]:
     """The engine without Ray: every shard through every stage (or the listed ones), one after the other."""
-    _use_threads(config.cluster.threads)
-    stages = [step.make() for step in (steps(config, taxonomy) if listed is None else listed)]
-    for shard in shards:
-        table = read_shard(source, shard)
-        for stage in stages:
-            table = stage(table)
-        yield writer.commit(table)
-
-
-class Pool:
-    """What one Ray actor holds: the stages of its pool, and for the last pool the writer.
-
-    What the user can mend travels back as a value, since an exception that crosses Ray loses its class and its words.
-    """
-
-    def __init__(self, listed: Sequence[Step], threads: int, writer: ShardWriter | None) -> None:
-        _use_threads(threads)
-        self.writer = writer
-        self.stages: list[Stage] = []
-        self.problem: UserError | None = None
-        try:
-            self.stages = [step.make() for step in listed]
-        except UserError as problem:
-            self.problem = problem
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """A shard through this pool's stages; the last pool gives back its receipt."""
-        if PROBLEM in table.column_names:
-            return table
-        try:
-            if self.problem is not None:
-                raise self.problem
-            for stage in self.stages:
-                table = stage(table)
-            if self.writer is None:
-                return table
-            return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})
-        except UserError as problem:
-            return _as_table(problem)
-
-
-PROBLEM = "_problem"
-"""Column of a table that stands for a shard that could not be worked on because of what the user can mend."""
-
-
-def _as_table(problem: UserError) -> pa.Table:
-    return pa.table({PROBLEM: [str(problem)], "kind": [type(problem).__name__]})
-
-
-def _receipt(batch: pa.Table) -> Receipt:
-    """The receipt that came back, or the `UserError` that did."""
-    if PROBLEM in batch.column_names:
-        kinds: dict[str, type[UserError]] = {kind.__name__: kind for kind in UserError.__subclasses__()}
-        raise kinds.get(batch["kind"][0].as_py(), UserError)(batch[PROBLEM][0].as_py())
-    return Receipt(**json.loads(batch["receipt"][0].as_py()))
+    listed = steps(config, taxonomy) if listed is None else listed
+    pools = "+".join(dict.fromkeys(step.pool for step in listed))
+    work = staged(Order(pools, listed, config.cluster.threads, is_last=True), config.cluster)
+    try:
+        for shard in shards:
+            yield writer.commit(work(read_shard(source, shard)))
+    finally:
+        work.stop()
 
 
 def run_on_ray(
@@ -184,12 +140,13 @@ def run_on_ray(
 
     A judge without a model of its own works in the second pool.
     """
-    import ray
-
-    _join_cluster(config)
-    _keep_shards_whole()
-    listed = steps(config, taxonomy) if listed is None else listed
-    last = listed[-1].pool
+    with cluster_errors():
+        _join_cluster(config)
+        _keep_shards_whole()
+        listed = steps(config, taxonomy) if listed is None else listed
+        with watched(), proven(config, source, shards, writer.out, [step.pool for step in listed]) as sight:
+            for batch in _batches(config, source, shards, listed, partial(Pool, sight=sight), writer):
+                yield receipt_of(batch)
     rows = [{"shard": pickle.dumps(shard)} for shard in shards]
     readers = 2 * max(getattr(config.cluster, f"{pool}_actors") for pool in POOLS)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -204,7 +161,7 @@ def run_on_ray(
         if members:
             dataset = _through_pool(dataset, config, pool, members, writer if pool == last else None)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield _receipt(batch)
+        yield receipt_of(batch)
 
 
 READ_CPUS = 0.5
@@ -216,16 +173,17 @@ def _read_task(source: Source, batch: pa.Table) -> pa.Table:
     try:
         return read_shard(source, pickle.loads(descriptor))
     except UserError as problem:
-        return _as_table(problem)
+        return as_table(problem)
 
 
 def _through_pool(dataset: Any, config: AuditConfig, pool: str, members: Sequence[Step], writer: Any) -> Any:
     import ray
 
     cluster = config.cluster
+    order = Order(pool, pickle.dumps(list(members)), cluster.threads, is_last=writer is not None)
     return dataset.map_batches(
         Pool,
-        fn_constructor_args=(list(members), cluster.threads, writer),
+        fn_constructor_args=(order, cluster, writer),
         compute=ray.data.ActorPoolStrategy(size=getattr(cluster, f"{pool}_actors")),
         num_gpus=getattr(cluster, f"{pool}_gpus"),
         num_cpus=getattr(cluster, f"{pool}_cpus"),
@@ -283,12 +241,6 @@ def _keep_shards_whole() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _use_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 ENGINES: dict[str, Callable[..., Iterator[Receipt]]] = {"ray": run_on_ray, "local": run_locally}

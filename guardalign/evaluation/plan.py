@@ -32,11 +32,12 @@ from guardalign.fingerprint import refuse_foreign_calibration, science
 from guardalign.micro import resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, seal, weights_fingerprint
-from guardalign.pipeline import NONE, PROBLEM, Step, scoring_steps
+from guardalign.pipeline import NONE, Step, scoring_steps
 from guardalign.sanitizers import SANITIZERS
 from guardalign.schema import HIDDEN, RESULT_NAMES
 from guardalign.sources import INPUT_SCHEMA, Plan, Shard, Source, make_source
 from guardalign.stages import Judge
+from guardalign.supervision import PROBLEM
 from guardalign.taxonomy import load_taxonomy
 
 OWN = ("expected", "pair", "variant")
