@@ -20,8 +20,9 @@ from guardalign.config import ClusterConfig
 from guardalign.errors import ConfigError, ModelError
 from guardalign.faults import HARMS
 from guardalign.in_hand import in_hand
+from guardalign.machine import memory_gib, resident_gib, used_memory
 from guardalign.schema import PLANNED, Trace, trace_of, with_columns, with_trace
-from guardalign.supervision import DEATHS, Isolated, resident_gib
+from guardalign.supervision import DEATHS, Isolated
 from guardalign.worker import Order
 
 
@@ -239,3 +240,30 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_memory_is_read_of_living_processes_only() -> None:
     assert 0.01 < resident_gib(os.getpid()) < 50
     assert resident_gib(2**22 + 1) == 0.0
+
+
+def test_the_machines_memory_is_known() -> None:
+    assert 0.5 < memory_gib() < 100_000
+    assert 0.001 < used_memory() < 1
+    before = used_memory()
+    kept = bytearray(os.urandom(1) * int(0.02 * memory_gib() * 2**30))
+    assert used_memory() > before + 0.01
+    del kept
+
+
+def test_a_row_that_fills_the_machine_is_found_before_the_kernel_or_ray_does(
+    worker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guardalign.watching.memory_gib", lambda: 4.0)  # as if the machine were small ...
+    monkeypatch.setattr("guardalign.watching.used_memory", lambda: 0.95)  # ... and full
+    found = worker(Harmful({"d": "memory"}, str(tmp_path)))(shard())
+    assert outcome(found) == expected(d="out_of_memory")
+    assert "when the machine's memory was nearly full" in found["error"][IDS.index("d")].as_py()
+
+
+def test_a_full_machine_alone_stops_no_worker(worker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guardalign.watching.used_memory", lambda: 0.99)
+    monkeypatch.setattr("guardalign.watching.GLANCE", 0.001)
+    found = worker(Harmful({}, str(tmp_path)))(shard())
+    assert outcome(found) == expected()
+    assert DEATHS not in trace_of(found).counters
