@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from guardalign.core.memory import is_out_of_memory, ran_out
 from guardalign.errors import ErrorKind, RowError, UserError
 from guardalign.in_hand import in_hand
 
@@ -65,6 +66,8 @@ def guarded(
 def _failure(error: Exception, sample_id: str, kind: ErrorKind) -> Failure:
     if isinstance(error, RowError):
         return Failure(error.kind, str(error))
+    if is_out_of_memory(error):
+        return Failure("out_of_memory", ran_out(sample_id, kind))
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -6,8 +6,10 @@ LVLM would now see differently are named: theirs would have to be answered again
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,34 @@ NAMED_ROWS = 10
 """Rows that are named on the screen; the file has them all."""
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What a threshold changes in the rows so far."""
+
+    detected: int = 0
+    """rows with a flag"""
+    flagged: int = 0
+    """of these, flagged under the new threshold"""
+    flags: int = 0
+    """flags that differ from the run's"""
+    pictures: int = 0
+    """pictures that the LVLM would see differently"""
+    named: tuple[str, ...] = ()
+    """the first ones' ids, at most `NAMED_ROWS`"""
+
+    def with_rows(self, rows: Sequence[Mapping[str, Any]]) -> Changes:
+        """These rows, too."""
+        detected = [row for row in rows if row.get("flagged") is not None]
+        changed = [row["sample_id"] for row in detected if row["picture_changed"]]
+        return Changes(
+            self.detected + len(detected),
+            self.flagged + sum(row["flagged"] for row in detected),
+            self.flags + sum(row["flag_changed"] for row in detected),
+            self.pictures + len(changed),
+            (*self.named, *changed)[:NAMED_ROWS],
+        )
+
+
 def rescore(out: str, threshold: float) -> list[str]:
     """Writes OUT/rescored/threshold-T.parquet; returns the lines of its summary."""
     if not math.isfinite(threshold):
@@ -71,10 +101,15 @@ def rescore(out: str, threshold: float) -> list[str]:
     if manifest["config"]["detector"]["name"] == "none":
         raise InputError(f"{out} was made without a detector: there are no scores to apply a threshold to")
     sanitized = manifest["config"]["sanitizer"]["name"] != "none"
-    rows = [row for table in folder.tables(COLUMNS) for row in _rescored(table, threshold, sanitized)]
     name = f"rescored/threshold-{_exactly(threshold)}.parquet"
-    folder.write_table(name, pa.Table.from_pylist(rows, schema=SCHEMA))
-    return _lines(rows, folder.out, name, threshold)
+    content, changes = io.BytesIO(), Changes()
+    with pq.ParquetWriter(content, SCHEMA, compression="zstd") as file:
+        for table in folder.tables(COLUMNS):  # a shard at a time: a run can be large
+            rows = list(_rescored(table, threshold, sanitized))
+            file.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            changes = changes.with_rows(rows)
+    folder.write(name, content.getvalue())
+    return _lines(changes, folder.out, name, threshold)
 
 
 def _exactly(threshold: float) -> str:
@@ -83,13 +118,26 @@ def _exactly(threshold: float) -> str:
 
 
 def open_finished(folder: RunFolder, columns: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest of a finished run whose files are the manifest's and have these columns; else an `InputError`."""
+    """The manifest of a finished audit whose files are the manifest's and have these columns; else an `InputError`."""
+    if is_evaluation(folder):
+        raise InputError(
+            f"{folder.out} holds an evaluation, and this command reads the run of an audit; its tables are in "
+            f"{folder.out}/tables.md, and guardalign verify checks its files"
+        )
     if not folder.exists("run.json"):
         state = "is not finished: run its audit again to resume" if folder.exists("plan.json") else "holds no run"
         raise InputError(f"{folder.out} {state}")
     manifest = _manifest(folder)
     _refuse_other_files(folder, {file["name"]: file["rows"] for file in manifest["files"]}, columns)
     return manifest
+
+
+def is_evaluation(folder: RunFolder) -> bool:
+    """Whether the folder is one of `guardalign evaluate`, finished or not; False where its plan cannot tell."""
+    try:
+        return folder.exists("plan.json") and _has(folder.read_json("plan.json"), "science", "recipe")
+    except ResumeError:
+        return False
 
 
 def _manifest(folder: RunFolder) -> dict[str, Any]:
@@ -167,16 +215,13 @@ def _fraction(row: dict[str, Any], unsafe: list[int]) -> float:
     return masked_fraction([boxes[patch] for patch in unsafe], row["width"], row["height"])
 
 
-def _lines(rows: list[dict[str, Any]], out: str, name: str, threshold: float) -> list[str]:
-    detected = [row for row in rows if row.get("flagged") is not None]
-    changed = [row["sample_id"] for row in detected if row["picture_changed"]]
-    named = ", ".join(changed[:NAMED_ROWS]) + (
-        f" and {len(changed) - NAMED_ROWS:,} more" if changed[NAMED_ROWS:] else ""
-    )
+def _lines(changes: Changes, out: str, name: str, threshold: float) -> list[str]:
+    more = changes.pictures - len(changes.named)
+    named = ", ".join(changes.named) + (f" and {more:,} more" if more else "")
     return [
         f"threshold  {_exactly(threshold)}",
-        f"flagged    {rate(sum(row['flagged'] for row in detected), len(detected))}",
-        f"flags      {sum(row['flag_changed'] for row in detected):,} changed",
-        f"pictures   {len(changed):,} would look different to the LVLM" + (f": {named}" if changed else ""),
+        f"flagged    {rate(changes.flagged, changes.detected)}",
+        f"flags      {changes.flags:,} changed",
+        f"pictures   {changes.pictures:,} would look different to the LVLM" + (f": {named}" if named else ""),
         f"written    {out}/{name}",
     ]

@@ -7,7 +7,6 @@ do not depend on who computes it. Knows nothing of Ray, sources or result files.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from guardalign.config import ClipConfig, GenerationConfig, LvlmConfig
 from guardalign.core.images import decode, encode_png, thumbnail
+from guardalign.core.memory import ran_out
 from guardalign.core.patches import patch_boxes
 from guardalign.defenses import Defense
 from guardalign.detectors import Detector
@@ -50,27 +50,10 @@ from guardalign.working import (
     by_row,
     chunks,
     closed,
-    give_up,
     rows_alive,
     size_of,
     with_sizes,
 )
-
-
-def admit(table: pa.Table) -> pa.Table:
-    """The first step on every shard: hash the pictures, give up rows without a prompt."""
-    images, prompts = table[IMAGE].to_pylist(), table["prompt"].to_pylist()
-    failures = {
-        index: Failure("prompt_missing", f"sample {sample_id} has no prompt, or a blank one")
-        for index, (prompt, sample_id, error) in enumerate(
-            zip(prompts, table["sample_id"].to_pylist(), table["error"].to_pylist(), strict=True)
-        )
-        if error is None and not (prompt or "").strip()
-    }
-    read_failures = [None if error is None else "read" for error in table["error"].to_pylist()]
-    hashes = [None if image is None else hashlib.sha256(image).hexdigest() for image in images]
-    table = with_columns(table, {"image_sha256": hashes, "error_stage": read_failures})
-    return give_up(table, "read", failures)
 
 
 class Detect:
@@ -96,7 +79,7 @@ class Detect:
             views = {index: view for index, view in batch if not isinstance(view, Failure)}
             found |= {index: view for index, view in batch if isinstance(view, Failure)}
             ids = [rows[index]["sample_id"] for index in views]
-            scored = guarded(self._score, list(views.values()), ids, "detection_failed")
+            scored = guarded(self._score, list(zip(ids, views.values(), strict=True)), ids, "detection_failed")
             found |= dict(zip(views, map(_numbers_only, scored, ids), strict=True))
         table = with_sizes(table, sizes)
         table = with_columns(table, detection_columns(by_row(table, found)))
@@ -111,8 +94,14 @@ class Detect:
 
         return guarded(look, [row], [row["sample_id"]], "detection_failed")[0]
 
-    def _score(self, views: Sequence[Any]) -> Sequence[Detection]:
-        return self.detector(self.encoder, self.taxonomy, views)
+    def _score(self, views: Sequence[tuple[str, Any]]) -> list[Detection | RowError]:
+        """As many at a time as fit; a picture that does not fit alone is given up in its place."""
+
+        def score(some: Sequence[tuple[str, Any]]) -> Sequence[Detection]:
+            return self.detector(self.encoder, self.taxonomy, [view for _, view in some])
+
+        found = zip(views, self.encoder.room.fitted(score, views), strict=True)
+        return [each or RowError("out_of_memory", ran_out(name, "detection_failed")) for (name, _), each in found]
 
 
 def _numbers_only(found: Detection | Failure, sample_id: str) -> Detection | Failure:
@@ -217,7 +206,10 @@ class Generate:
         ids = [rows[index]["sample_id"] for index in order]
 
         def answer(some: Sequence[int]) -> list[Reply | RowError]:
-            return self.lvlm.outcomes(self._askings(rows, some, sizes), self.batch_size)
+            def again(place: int) -> Asking[Reply]:
+                return self._answering(self._case(rows[some[place]], sizes, some[place]))
+
+            return self.lvlm.outcomes(self._askings(rows, some, sizes), self.batch_size, again)
 
         replies = dict(zip(order, guarded(answer, order, ids, "generation_failed", tells=False), strict=True))
         table = with_sizes(table, sizes)
@@ -266,7 +258,7 @@ class Judge:
     def __init__(self, judge: ReadyJudge, max_image_pixels: int) -> None:
         self.judge, self.max_image_pixels = judge, max_image_pixels
         self._told: Mapping[str, int] = {}
-        self._notes = judge.notes
+        self._told_notes: tuple[str, ...] = ()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Adds the verdict columns."""
@@ -279,6 +271,10 @@ class Judge:
         verdicts = {index: verdict for batch in judged for index, verdict in batch.items()}
         table = with_columns(table, verdict_columns(by_row(table, verdicts)))
         return closed(table, self.name, verdicts, started, self._since_last())
+
+    def leave_out(self, counts: Mapping[str, int]) -> None:
+        """So much of what the judge has counted belongs to no shard."""
+        self._told = counts
 
     def _batch(self, rows: Mapping[int, Mapping[str, Any]], batch: Sequence[int]) -> dict[int, Verdict | Failure]:
         found = {index: self._exchange(rows[index]) for index in batch}
@@ -299,10 +295,11 @@ class Judge:
         return guarded(look, [row], [row["sample_id"]], "judging_failed")[0]
 
     def _since_last(self) -> tuple[dict[str, int], tuple[str, ...]]:
-        """What the judge counted in this shard, and its notes, told once."""
+        """What the judge counted in this shard, and its notes, each told once."""
         now = dict(self.judge.counters)
         change = {name: count - self._told.get(name, 0) for name, count in now.items()}
-        notes, self._notes, self._told = self._notes, (), now
+        notes = tuple(note for note in self.judge.notes if note not in self._told_notes)
+        self._told, self._told_notes = now, self._told_notes + notes
         return change, notes
 
 

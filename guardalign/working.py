@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from guardalign.core.images import Decoded
 from guardalign.guard import Failure
-from guardalign.schema import IMAGE, Trace, trace_of, with_columns, with_trace
+from guardalign.schema import IMAGE, trace_of, with_columns, with_trace
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -98,7 +99,8 @@ def closed(
     counters, notes = seen
     before = trace_of(table)
     seconds = {**before.seconds, stage: perf_counter() - started}
-    return with_trace(table, Trace(seconds, {**before.counters, **counters}, before.notes + notes))
+    counted = {**before.counters, **counters}
+    return with_trace(table, replace(before, seconds=seconds, counters=counted, notes=before.notes + notes))
 
 
 def size_of(decoded: Decoded) -> Size:
@@ -125,11 +127,12 @@ class Counted:
     def __init__(self, model: object, prefix: str) -> None:
         self.model, self.prefix = model, prefix
         self.before = {"num_loads": 0, "num_forward_calls": 0}
-        self.untold: tuple[str, ...] = tuple(getattr(model, "notes", ()))
+        self.told: tuple[str, ...] = ()
 
     def since_last(self) -> tuple[dict[str, int], tuple[str, ...]]:
-        """Loads and forward calls since the last call, and the model's notes, told once."""
+        """Loads and forward calls since the last call, and the model's notes, each told once; some come late."""
         now = {name: int(getattr(self.model, name)) for name in self.before}
         change = {f"{self.prefix}_{name.removeprefix('num_')}": now[name] - self.before[name] for name in now}
-        notes, self.untold, self.before = self.untold, (), now
+        notes = tuple(note for note in getattr(self.model, "notes", ()) if note not in self.told)
+        self.told, self.before = self.told + notes, now
         return change, notes

@@ -21,8 +21,9 @@ from guardalign.errors import ModelError, RowError
 from guardalign.guard import Failure, guarded
 from guardalign.models.clip import PatchEncoder, View
 from guardalign.models.clip_weights import write_random_model
+from guardalign.reading import admit
 from guardalign.schema import IMAGE, with_columns
-from guardalign.stages import Detect, admit
+from guardalign.stages import Detect
 from guardalign.taxonomy import Category, Taxonomy
 from guardalign.types import Detection
 from tests.small_clip import picture, small_config

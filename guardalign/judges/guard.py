@@ -110,8 +110,13 @@ class _Loaded:
 
     def __init__(self, settings: GuardJudge, guard: Guard | PolicyGuard) -> None:
         self.settings, self.guard = settings, guard
-        self.batch_size, self.sees_pictures, self.notes = settings.batch_size, guard.takes_pictures, guard.notes
+        self.batch_size, self.sees_pictures = settings.batch_size, guard.takes_pictures
         self.refuses = RefusalJudge(settings.phrases).refuses
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The guard's."""
+        return self.guard.notes
 
     @property
     def counters(self) -> Mapping[str, int]:

@@ -117,11 +117,15 @@ class _AskingJudge:
     def __init__(self, settings: LvlmJudge, lvlm: Lvlm) -> None:
         self.settings, self.lvlm = settings, lvlm
         self.batch_size, self.sees_pictures = settings.batch_size, settings.sees_picture
-        self.notes = () if settings.shares_target else lvlm.notes
         self.question, self.parse = load_template(settings.template), ANSWER_FORMATS[settings.expects]
         self.refuses = RefusalJudge(settings.phrases).refuses
         self.num_loads = 0 if settings.shares_target else lvlm.num_loads
         self.num_forward_calls = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The model's; the target's own are told with its answers, all but what judging made them."""
+        return self.lvlm.room.notes if self.settings.shares_target else self.lvlm.notes
 
     @property
     def counters(self) -> Mapping[str, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ from guardalign.core.patches import (
 )
 from guardalign.errors import ModelError
 from guardalign.models.clip_weights import load_model
+from guardalign.models.memory import Room
 from guardalign.types import Box, PatchGrid
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class PatchEncoder:
         self._mean = 255 * torch.tensor(preprocess["mean"], device=device)
         self._std = 255 * torch.tensor(preprocess["std"], device=device)
         self._padding = np.array([round(255 * mean) for mean in preprocess["mean"]], dtype=np.uint8)
+        self.room = Room("clip")
+        """inputs of a forward call that fit, and pictures that are scored together"""
         self.logit_scale = float(self._model.logit_scale.exp())
         """s, the factor that the model was trained to put on cosines"""
         self.image_size: tuple[int, int] = _width_height(self._visual.image_size)
@@ -107,6 +111,11 @@ class PatchEncoder:
         return cls(model, tokenizer, config, device)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for run.json once memory has run out."""
+        return self.room.notes
+
+    @property
     def batch_size(self) -> int:
         """Pictures (or crops) per forward call."""
         return self._config.batch_size
@@ -123,6 +132,15 @@ class PatchEncoder:
                 f"clip.model {self._config.model} {self._refusal}, so it has no patch {patches} in the joint space; "
                 "use detector.patches=grid"
             )
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is embedded in here counts for nobody."""
+        before = self.num_forward_calls
+        try:
+            yield
+        finally:
+            self.num_forward_calls = before
 
     # -- one picture, on the CPU ---------------------------------------------------------------------------------
 
@@ -199,18 +217,23 @@ class PatchEncoder:
 
     @torch.inference_mode()
     def encode(self, views: Sequence[View]) -> list[Embedded]:
-        """Embed views of one kind, in order, `batch_size` inputs per forward call. Raises ModelError on NaN."""
+        """Embed views of one kind, in order, `batch_size` inputs per forward call, or as many as fit into memory.
+
+        Raises ModelError on NaN, MemoryError where an input does not fit alone.
+        """
         kind = views[0].patches if views else None
         assert all(view.patches == kind for view in views), "views of one call are of one kind"
         inputs = [picture for view in views for picture in view.pixels]
-        pieces = [
-            self._forward(np.stack(inputs[start : start + self.batch_size]), kind)
-            for start in range(0, len(inputs), self.batch_size)
-        ]
-        if not pieces:
+        if not inputs:
             return []
-        images_ND = torch.cat([images for images, _ in pieces])
-        tokens_NGD = torch.cat([tokens for _, tokens in pieces])
+
+        def embedded(some: Sequence[NDArray[np.uint8]]) -> list[tuple[Tensor, Tensor]]:
+            return list(zip(*self._forward(np.stack(some), kind), strict=True))
+
+        rows: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(inputs), self.batch_size):
+            rows += self.room.all_fitted(embedded, inputs[start : start + self.batch_size])
+        images_ND, tokens_NGD = (torch.stack(parts) for parts in zip(*rows, strict=True))
         counts = [len(view.pixels) for view in views]
         split = zip(views, images_ND.split(counts), tokens_NGD.split(counts), strict=True)
         return [self._embedded(view, images, tokens) for view, images, tokens in split]

@@ -7,7 +7,8 @@
 
 So no row waits for a longer neighbour. A contrast's second view is a row like any other, fed the same tokens, for the
 contrasted steps only. Greedy decoding gives transformers' own `generate`, token for token; a row gives the same tokens
-alone and among any neighbours, up to the rounding of the kernels. The order of work depends on the asks alone.
+alone and among any neighbours, up to the rounding of the kernels. The order of work depends on the asks alone, and on
+memory: where it runs out, the rows under way begin again from their prompts, half as many at a time.
 
 Knows nothing of defenses, prompts' texts or families: what a family needs at a step is in `Forward`.
 """
@@ -15,7 +16,7 @@ Knows nothing of defenses, prompts' texts or families: what a family needs at a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -24,14 +25,27 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from guardalign.core.memory import is_out_of_memory
 from guardalign.errors import RowError
 from guardalign.models.asking import Asking, Saved
 from guardalign.models.attention import CalibratedBatch, active, open_to_calibration
 from guardalign.models.batches import collate
 from guardalign.models.cached_rows import CachedRows, joined
 from guardalign.models.choosing import choose
+from guardalign.models.memory import Room, fits, release
 from guardalign.models.prompts import Prompt, Span
-from guardalign.models.streams import Batch, Member, Owner, Stream, answer_of, by_phase, keep, not_finite, share_seconds
+from guardalign.models.streams import (
+    Batch,
+    Member,
+    Owner,
+    Stream,
+    answer_of,
+    by_phase,
+    does_not_fit,
+    keep,
+    not_finite,
+    share_seconds,
+)
 from guardalign.types import Cost
 
 T = TypeVar("T")
@@ -63,6 +77,8 @@ class Forward(Protocol):
     """tokens that end an answer"""
     max_tokens: int | None
     """most tokens of prompt and answer; None: not known"""
+    room: Room
+    """how many rows its memory takes, as far as is known"""
 
     def prefill(self, tensors: dict[str, Tensor], hidden: bool) -> Read:
         """Reads left-padded prompts."""
@@ -86,6 +102,12 @@ class Outcome(Generic[T]):
     cost: Cost
     """of all its asks"""
 
+    @property
+    def ran_out(self) -> bool:
+        """Memory ran out on the sample, or on a part of one that returns a list."""
+        parts = self.value if isinstance(self.value, list) else [self.value]
+        return any(isinstance(part, RowError) and part.kind == "out_of_memory" for part in parts)
+
 
 class Decoder:
     """Answers samples with at most `capacity` rows in a batch (more only where one ask alone needs them)."""
@@ -95,29 +117,84 @@ class Decoder:
         self.forward, self.capacity = forward, capacity
         self._waiting: deque[Stream] = deque()
         self._batch: Batch | None = None
+        self._under_way: dict[int, Stream] = {}
         self._outcomes: dict[int, Outcome[Any]] = {}
         self._stack = ExitStack()
         self._is_open = False
         self._num_open = 0
+        self._booked = 0.0
 
-    def run(self, askings: Iterable[Asking[T]]) -> list[Outcome[T]]:
-        """One outcome a generator, in order; generators are begun as places become free."""
+    def run(self, askings: Iterable[Asking[T]], again: Callable[[int], Asking[T]] | None = None) -> list[Outcome[T]]:
+        """One outcome a generator, in order; generators are begun as places become free.
+
+        A sample that ran out of memory among others, whose caches lay there, is begun once more alone: `again` makes a
+        fresh generator of the one at a place. Without it, that is an `out_of_memory` for the caller to try again.
+        """
+        ended = self._run(askings)
+        if again is None or len(ended) == 1:
+            return ended
+        half = self._room // 2
+        return [self._alone(again(at), each.cost, half) if each.ran_out else each for at, each in enumerate(ended)]
+
+    def _alone(self, asking: Asking[T], cost: Cost, half: int) -> Outcome[T]:
+        """The outcome with nothing beside it in memory; where it fits now, there were too many rows before."""
+        release()
+        (ended,) = self._run([asking])
+        if not ended.ran_out:
+            self.forward.room.learn(half)
+        return replace(ended, cost=cost + ended.cost)
+
+    def _run(self, askings: Iterable[Asking[T]]) -> list[Outcome[T]]:
         fresh, self._outcomes, self._num_open = enumerate(askings), {}, 0
         with torch.inference_mode(), ExitStack() as self._stack:
             while True:
                 self._begin(fresh)
                 if self._batch is None and not self._waiting:
                     break
-                self._admit()
-                if self._batch is not None:
-                    self._batch = self._stepped(self._batch)
+                self._booked = perf_counter()
+                if not fits(self._advance):
+                    self._make_room()
         self._is_open = False
         return [self._outcomes[position] for position in range(len(self._outcomes))]
+
+    def _advance(self) -> None:
+        """Lets rows in, then decodes a token for each."""
+        self._admit()
+        if self._batch is not None:
+            self._batch = self._stepped(self._batch)
+
+    def _make_room(self) -> None:
+        """Memory ran out, perhaps in mid-write: all rows under way give up their caches and begin again, half as many
+        at a time. One that is alone is given up, and the room is again what it was before its failures."""
+        lost, self._under_way, self._batch = list(self._under_way.values()), {}, None
+        assert lost, "memory ran out, and no row was under way"
+        for stream in lost:
+            stream.begin_again()
+        release()
+        share_seconds([Member(stream, stream.prompt) for stream in lost], perf_counter() - self._booked, None)
+        room = self.forward.room
+        room.num_failures += 1
+        if len(lost) == 1:
+            (stream,) = lost
+            room.most = stream.room_before if stream.num_restarts else room.most
+            stream.error = does_not_fit(stream)
+            self._finish(lost)
+            return
+        for stream in lost:
+            stream.room_before = stream.room_before if stream.num_restarts else room.most
+            stream.num_restarts += 1
+        self._waiting.extendleft(reversed(lost))
+        room.learn(sum(stream.num_rows for stream in lost) // 2)
+
+    @property
+    def _room(self) -> int:
+        """Rows that may be in the batch now."""
+        return self.forward.room.of(self.capacity)
 
     def _begin(self, fresh: Iterable[tuple[int, Asking[Any]]]) -> None:
         """Starts generators until as many rows wait as fit."""
         for_room = iter(fresh)
-        while len(self._waiting) < self.capacity and self._num_open < self.capacity:
+        while max(len(self._waiting), self._num_open) < self._room:
             following = next(for_room, None)
             if following is None:
                 return
@@ -129,6 +206,7 @@ class Decoder:
         answers = [answer_of(stream) for stream in owner.streams]
         error = next((stream.error for stream in owner.streams if stream.error is not None), None)
         begun, started = bool(owner.streams), perf_counter()
+        name = owner.streams[0].prompt.sample_id if begun else None
         owner.streams = []  # their caches live as long as the sample holds their answers, and no longer
         try:
             while True:
@@ -145,6 +223,11 @@ class Decoder:
         except RowError as problem:
             self._end(owner, problem, started)
             return
+        except (MemoryError, RuntimeError) as problem:  # the defense's own work beside the batch: a reward, a picture
+            if not is_out_of_memory(problem):
+                raise
+            self._end(owner, _ran_out_beside(name), started)
+            return
         owner.cost += _own(started)
         owner.streams = [Stream(owner, ask) for ask in asks]
         self._waiting.extendleft(reversed(owner.streams))
@@ -156,9 +239,11 @@ class Decoder:
     def _admit(self) -> None:
         """Lets waiting rows of one kind into the free places."""
         used = 0 if self._batch is None else len(self._batch.members)
-        if not self._waiting or (used and self.capacity - used < max(1, self.capacity // FREE_SHARE)):
+        room = self._room
+        if not self._waiting or (used and room - used < max(1, room // FREE_SHARE)):
             return
-        taken = self._taken(self.capacity - used)
+        taken = self._taken(room - used)
+        self._under_way |= {id(stream): stream for stream in taken}
         for stream in taken:
             stream.error = self._too_long(stream)
         self._finish([stream for stream in taken if stream.error is not None])
@@ -330,7 +415,8 @@ class Decoder:
             others = [partner.get(id(batch.members[row].stream)) for row in rows]
             streams = [batch.members[row].stream for row in rows]
             choose(phase, streams, logits[rows], logits[others] if phase.contrast else None, self.forward.eos_ids)
-        share_seconds(batch.members, perf_counter() - started, read)
+        self._booked = perf_counter()
+        share_seconds(batch.members, self._booked - started, read)
         return self._left(batch, logits)
 
     def _left(self, batch: Batch, logits: Tensor) -> Batch | None:
@@ -353,9 +439,17 @@ class Decoder:
         owners = {id(stream.owner): stream.owner for stream in streams}
         for stream in streams:
             stream.owner.cost += stream.cost
+            self._under_way.pop(id(stream), None)
         for owner in owners.values():
             if all(stream.is_done for stream in owner.streams):
                 self._go_on(owner)
+        self._booked = perf_counter()
+
+
+def _ran_out_beside(sample_id: str | None) -> RowError:
+    """Of a sample whose generator ran out of memory; its name is known from its first ask on."""
+    whose = "the sample" if sample_id is None else f"sample {sample_id}"
+    return RowError("out_of_memory", f"{whose}: generation failed: memory ran out in the defense's own work")
 
 
 def _own(started: float) -> Cost:

@@ -21,6 +21,7 @@ from guardalign.errors import ModelError, RowError
 from guardalign.models.checkpoints import Checkpoint
 from guardalign.models.conversations import Conversation, ConversationWriter
 from guardalign.models.lvlm import Lvlm
+from guardalign.models.memory import Room
 from guardalign.models.prompts import Prompt
 
 LOADING: Final = (OSError, ValueError, KeyError, ImportError, RuntimeError)
@@ -92,17 +93,25 @@ class TextGuard:
         if not hasattr(self.tokenizer, "backend_tokenizer"):
             raise ModelError(f"judge.model {checkpoint.model} has no fast tokenizer (tokenizer.json)")
         self.writer = ConversationWriter(self.tokenizer, checkpoint.model)
-        self.notes: tuple[str, ...] = ()
+        self.room = Room("judge")
         self.num_forward_calls = 0
         self.model.register_forward_pre_hook(self._count)
         self.max_tokens: int | None = getattr(self.model.config, "max_position_embeddings", None)
         self.eos_ids = _ids(self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
 
     def answers(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
-        """Greedy, in one left-padded batch."""
+        """Greedy, in one left-padded batch, or as many at a time as fit into memory."""
         prompts = [self.writer.write(conversation) for conversation in conversations]
         for prompt in prompts:
             _require_room(prompt, self.max_tokens, max_new_tokens)
+        return self.room.all_fitted(lambda some: self._written(some, max_new_tokens), prompts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for run.json once memory has run out."""
+        return self.room.notes
+
+    def _written(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         width = max(prompt.num_tokens for prompt in prompts)
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (*self.eos_ids, 0)[0]
         ids = [pad(p.tensors["input_ids"], (width - p.num_tokens, 0), value=padding) for p in prompts]
@@ -140,7 +149,11 @@ class PictureGuard:
         )
         self.lvlm = load_judging_lvlm(settings)
         self.writer = ConversationWriter(self.lvlm.writer.processor, checkpoint.model)
-        self.notes = self.lvlm.notes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Of its model."""
+        return self.lvlm.notes
 
     @property
     def num_forward_calls(self) -> int:
@@ -157,9 +170,11 @@ class PictureGuard:
 def load_judging_lvlm(settings: LvlmConfig) -> Lvlm:
     """An LVLM of a judge's own; what is wrong with it is told in the judge's settings."""
     try:
-        return Lvlm.load(settings)
+        loaded = Lvlm.load(settings)
     except ModelError as error:
         raise ModelError(str(error).replace("lvlm.", "judge.")) from error
+    loaded.room.name = "judge"
+    return loaded
 
 
 class PolicyGuard:
@@ -186,12 +201,20 @@ class PolicyGuard:
         checkpoint.require_complete(loaded[1])
         self.model: PreTrainedModel = loaded[0].eval().to(checkpoint.placed())
         self.policies = tuple(self.processor.policy_definitions)
-        self.notes: tuple[str, ...] = ()
+        self.room = Room("judge")
         self.num_forward_calls = 0
         self.model.register_forward_pre_hook(self._count)
 
     def probabilities(self, pictures: Sequence[Image]) -> list[dict[str, float]]:
         """For each picture, P(Yes | Yes or No) of every policy in its own order, in [0, 1]."""
+        return self.room.all_fitted(self._judged, pictures)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for run.json once memory has run out."""
+        return self.room.notes
+
+    def _judged(self, pictures: Sequence[Image]) -> list[dict[str, float]]:
         made = self.processor(images=[[picture] for picture in pictures], return_tensors="pt")
         device, dtype = self.model.device, self.model.dtype
         placed = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in made.items()}

@@ -8,7 +8,7 @@ from safetensors only and no code of a checkpoint is run. Knows nothing of defen
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,9 @@ from guardalign.core.calibration import Calibration, default_layers
 from guardalign.errors import ConfigError, ModelError, RowError, require
 from guardalign.models.asking import Answer, Ask, Asking, Phase, Saved
 from guardalign.models.cached_rows import CachedRows
+from guardalign.models.checkpoints import ADAPTER
 from guardalign.models.decoding import Decoder, Read
+from guardalign.models.memory import Room
 from guardalign.models.prompts import Place, Prompt, PromptWriter, UserText
 from guardalign.types import Reply, StopReason
 
@@ -63,13 +65,19 @@ class Lvlm:
         self.max_tokens: int | None = getattr(self.text_config, "max_position_embeddings", None)
         self.eos_ids = _eos_ids(model, self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (*self.eos_ids, 0)[0]
-        self.notes: tuple[str, ...] = (*self.writer.notes, *_generation_notes(model, self.eos_ids, config.model))
+        self.room = Room("lvlm")
+        self._notes = (*self.writer.notes, *_generation_notes(model, self.eos_ids, config.model))
         self.num_forward_calls = self.num_prompt_tokens = self.num_tokens = 0
         # InstructBLIP's steps, and its rows without a picture, are its language model's own
         self.decoder: Any = model.language_model if hasattr(model, "qformer") else model
         self.decoder.register_forward_pre_hook(self._count)
         for note in self.notes:
             log.warning("%s", note)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for run.json; more of them once memory has run out."""
+        return *self._notes, *self.room.notes
 
     @classmethod
     def load(cls, config: LvlmConfig) -> Lvlm:
@@ -111,6 +119,15 @@ class Lvlm:
     def length_hint(self, prompt: str, picture_size: tuple[int, int] | None) -> int:
         """About the tokens of a text and a picture (width, height [px]), to sort rows by; cheap, and never raises."""
         return self.writer.length_hint(prompt, picture_size)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is read and decoded in here counts for nobody."""
+        before = self.num_forward_calls, self.num_prompt_tokens, self.num_tokens
+        try:
+            yield
+        finally:
+            self.num_forward_calls, self.num_prompt_tokens, self.num_tokens = before
 
     def calibrated_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
         """`layers` checked against the model, or its default middle layers; cross-attention layers have no prefix."""
@@ -154,9 +171,14 @@ class Lvlm:
                 raise reply
         return [reply for reply in replies if isinstance(reply, Reply)]
 
-    def outcomes(self, askings: Iterable[Asking[Reply]], capacity: int) -> list[Reply | RowError]:
-        """As `answered`, with a row's `RowError` in its place; each reply knows what it took."""
-        ended = Decoder(self, capacity).run(askings)
+    def outcomes(
+        self, askings: Iterable[Asking[Reply]], capacity: int, again: Callable[[int], Asking[Reply]] | None = None
+    ) -> list[Reply | RowError]:
+        """As `answered`, with a row's `RowError` in its place; each reply knows what it took.
+
+        `again` begins the sample at a place anew, where memory ran out on it among others (`Decoder.run`).
+        """
+        ended = Decoder(self, capacity).run(askings, again)
         return [replace(each.value, cost=each.cost) if isinstance(each.value, Reply) else each.value for each in ended]
 
     def replying(self, ask: Ask) -> Asking[Reply]:
@@ -251,6 +273,8 @@ def _require_checkpoint(folder: Path, name: str) -> None:
         raise ModelError(f"lvlm.model: there is no folder {name}")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"lvlm.model: {name} holds no *.safetensors; save the model with save_pretrained, which does")
+    if (folder / ADAPTER).exists():
+        raise ModelError(f"lvlm.model: {name} holds {ADAPTER}, which names another model; merge the adapter")
 
 
 def _require_complete(processor: Any, model: PreTrainedModel, report: Mapping[str, Any], name: str) -> None:

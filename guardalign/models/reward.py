@@ -24,6 +24,7 @@ from guardalign.errors import ModelError, UserError
 from guardalign.models.armorm import ARCHITECTURE, GatedRewardModel
 from guardalign.models.checkpoints import Checkpoint
 from guardalign.models.conversations import Conversation, ConversationWriter
+from guardalign.models.memory import Room
 from guardalign.models.provenance import seal, weights_fingerprint
 
 EMBEDDED_REWARD: Final = Path(__file__).parents[1] / "micro" / "weights" / "reward"
@@ -76,10 +77,14 @@ class ClassifierScorer:
         self.writer = _writer(self.tokenizer, checkpoint)
         self.pad_id = _pad_id(self.tokenizer)
         self.model.config.pad_token_id = self.pad_id
+        self.room = Room("reward")
+
+    def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
+        """The classifier's output, in fp32; `MemoryError` for an answer that does not fit alone."""
+        return self.room.all_fitted(lambda some: self._scores(prompt, some), answers)
 
     @torch.inference_mode()
-    def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
-        """The classifier's output, in fp32."""
+    def _scores(self, prompt: str, answers: Sequence[str]) -> list[float]:
         inputs = {name: x.to(self.model.device) for name, x in self._inputs(prompt, answers).items()}
         scores: list[float] = self.model(**inputs).logits[:, 0].float().tolist()
         return scores
@@ -105,11 +110,14 @@ class GatedScorer:
         writer = _writer(self.tokenizer, checkpoint)
         if writer is None:
             raise ModelError(f"defense.reward {checkpoint.model} has no chat template, which ArmoRM's head needs")
-        self.writer, self.pad_id = writer, _pad_id(self.tokenizer)
+        self.writer, self.pad_id, self.room = writer, _pad_id(self.tokenizer), Room("reward")
+
+    def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
+        """The gated sum of the objectives, in fp32; `MemoryError` for an answer that does not fit alone."""
+        return self.room.all_fitted(lambda some: self._scores(prompt, some), answers)
 
     @torch.inference_mode()
-    def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
-        """The gated sum of the objectives, in fp32."""
+    def _scores(self, prompt: str, answers: Sequence[str]) -> list[float]:
         rows = [_conversation(self.writer, prompt, answer) for answer in answers]
         end = len(self.writer.write(Conversation("", (prompt,))).tensors["input_ids"][0]) - 1
         inputs = {name: x.to(self.model.device) for name, x in _side_by_side(rows, self.pad_id).items()}

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from guardalign.core.memory import ran_out
 from guardalign.errors import RowError
 from guardalign.models.asking import Answer, Ask, Asking, Phase, Saved, Stop
 from guardalign.models.attention import CalibratedBatch
@@ -51,6 +52,10 @@ class Stream:
     logits: Tensor | None = None
     ended: Stop | None = None
     error: RowError | None = None
+    num_restarts: int = 0
+    """times that it was begun again because memory ran out"""
+    room_before: int | None = None
+    """the working size before the first of these"""
 
     def __post_init__(self) -> None:
         if any(phase.temperature > 0 for phase in self.ask.phases):
@@ -65,6 +70,17 @@ class Stream:
     def is_done(self) -> bool:
         """Nothing is left to decode."""
         return self.ended is not None or self.error is not None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes at first: its own, and its second view's."""
+        return 1 + (self.ask.partner is not None)
+
+    def begin_again(self) -> None:
+        """Forgets what was decoded and what was kept of it; its random numbers and what it took so far stay."""
+        self.tokens, self.log_probabilities = [], []
+        self.mass = self.num_queries = 0.0
+        self.saved = self.hidden = self.logits = self.ended = self.error = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +145,13 @@ def not_finite(stream: Stream) -> RowError:
     return RowError(
         "generation_failed",
         f"sample {stream.prompt.sample_id}: the model's logits are not finite; try lvlm.dtype bfloat16 or float32",
+    )
+
+
+def does_not_fit(stream: Stream) -> RowError:
+    tokens = stream.prompt.num_tokens
+    return RowError(
+        "out_of_memory", f"{ran_out(stream.prompt.sample_id, 'generation_failed')}; its prompt has {tokens:,} tokens"
     )
 
 

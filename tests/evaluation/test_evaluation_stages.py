@@ -17,11 +17,12 @@ from guardalign.micro import resolve_clip, resolve_lvlm
 from guardalign.micro.proof import proof_rows
 from guardalign.models.asking import Asking
 from guardalign.models.lvlm import Lvlm
+from guardalign.reading import admit
 from guardalign.results import ShardWriter
 from guardalign.sanitizers import SANITIZERS
 from guardalign.schema import PLANNED, RESULT_NAMES, result_schema, trace_of, with_columns
 from guardalign.sources import INPUT_SCHEMA
-from guardalign.stages import Detect, admit
+from guardalign.stages import Detect
 from guardalign.taxonomy import load_taxonomy
 from guardalign.types import Case, Reply
 
