@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from guardalign.credentials import refuse_credentials_in
 from guardalign.errors import require
 
 EMBEDDED = "embedded"
@@ -96,13 +97,15 @@ class InputConfig:
     max_image_pixels: int = 100_000_000
     """pictures with more pixels are refused before they are decoded [px]"""
     allow_urls: bool = False
-    """pictures named by a web address (http, https) are fetched; private and local addresses never are"""
+    """pictures named by a web address (http, https; ports 80 and 443) are fetched, straight and not through a proxy;
+    private and local addresses never are"""
     url_seconds: float = 20.0
     """longest time for one fetched picture, redirects included [s]"""
     url_bytes: int = 50_000_000
     """fetched pictures that are larger are refused [bytes]"""
 
     def __post_init__(self) -> None:
+        refuse_credentials_in({"path": self.path, "image_root": self.image_root}, "input")
         require(self.max_image_pixels > 0, "input.max_image_pixels must be positive")
         require(self.url_seconds > 0, "input.url_seconds must be positive")
         require(self.url_bytes > 0, "input.url_bytes must be positive")
@@ -315,6 +318,7 @@ class AuditConfig:
     """print the plan and the columns, check the models, run nothing"""
 
     def __post_init__(self) -> None:
+        refuse_credentials_in(to_plain(self))
         require(self.shard_rows > 0, "shard_rows must be positive")
         require(self.limit is None or self.limit > 0, "limit must be positive")
         require(

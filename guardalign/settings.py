@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from guardalign.config import AuditConfig, Choice, to_plain
 from guardalign.defenses import DEFENSES
 from guardalign.detectors import DETECTORS
-from guardalign.errors import ConfigError
+from guardalign.errors import ConfigError, harmless
 from guardalign.judges import JUDGES
 from guardalign.sanitizers import SANITIZERS
 
@@ -315,5 +315,8 @@ def _meant(word: str, known: Iterable[str]) -> str:
 
 
 def as_yaml(config: AuditConfig) -> str:
-    """The settings as YAML that `--config` takes."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    """The settings as YAML that `--config` takes; in ASCII where it would hold what steers a terminal."""
+    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    if all(line == harmless(line) for line in text.split("\n")):
+        return text
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=False)

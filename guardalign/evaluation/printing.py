@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from guardalign.benchmarks import POINTS
+from guardalign.errors import harmless
 from guardalign.evaluation.request import BASELINE
 from guardalign.evaluation.tables import IN_PERCENT, PARTS, Findings, Line, Outcomes, Spent
 
@@ -137,11 +139,12 @@ def _without_blank(sheet: Sheet) -> Sheet:
 
 def as_text(found: Findings) -> str:
     """For a terminal: aligned columns."""
-    return "\n".join([*map(_text, sheets(found)), *(f"note: {note}" for note in found.notes)]).rstrip() + "\n"
+    notes = (f"note: {harmless(note)}" for note in found.notes)
+    return "\n".join([*map(_text, sheets(found)), *notes]).rstrip() + "\n"
 
 
 def _text(sheet: Sheet) -> str:
-    lines = [sheet.columns, *sheet.lines]
+    lines = [sheet.columns, *(tuple(map(harmless, line)) for line in sheet.lines)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(sheet.columns))]
     body = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rule = "  ".join("-" * width for width in widths)
@@ -165,7 +168,10 @@ def _piped(words: Sequence[str]) -> str:
 
 
 def _escaped(word: str) -> str:
-    return word.replace("|", "\\|").replace("\n", " ")
+    """A word that stays a word: no column, code, HTML tag, entity or link begins in it."""
+    word = re.sub(r"([\\`|*])", r"\\\1", harmless(word))
+    word = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=[A-Za-z#])", "&amp;", word))
+    return re.sub(r"\](?=[(\[:])", r"]\\", word)
 
 
 def as_json(found: Findings) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from guardalign.config import Dtype
 from guardalign.errors import ConfigError, ModelError, require
+
+ADAPTER: Final = "adapter_config.json"
+"""makes transformers load another model, of another place, in the folder's stead"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Checkpoint:
             raise ModelError(f"judge.model: there is no folder {self.model}")
         if self.is_local and not any(folder.glob("*.safetensors")):
             raise ModelError(f"judge.model: {self.model} holds no *.safetensors; save it with save_pretrained")
+        if self.is_local and (folder / ADAPTER).exists():
+            raise ModelError(f"judge.model: {self.model} holds {ADAPTER}, which names another model; merge the adapter")
 
     def require_complete(self, report: Mapping[str, Any]) -> None:
         """transformers draws missing weights at random and goes on: not here."""

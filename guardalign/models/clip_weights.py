@@ -1,7 +1,7 @@
 """Where a CLIP model's weights come from: an open_clip name, a hub repository or a folder; and a random one, written.
 
-Only safetensors are read, never a pickle, and nothing is fetched for a local path. What cannot be loaded is a
-`ModelError` of one line. Knows nothing of pictures or patches.
+Only safetensors are read, never a pickle, no code of a checkpoint is run, and nothing is fetched for a local path. What
+cannot be loaded is a `ModelError` of one line. Knows nothing of pictures or patches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def weights_file(config: ClipConfig) -> Path:
     if config.model.startswith(LOCAL):
         return _folder_weights(Path(config.model.removeprefix(LOCAL)))
     if config.model.startswith(HUB):
-        return _hub_weights(config.model.removeprefix(HUB), HF_SAFE_WEIGHTS_NAME)
+        return _hub_file(config.model.removeprefix(HUB), HF_SAFE_WEIGHTS_NAME)
     if config.model not in open_clip.list_models():
         raise ModelError(f"clip.model {config.model} is not known to open_clip{_nearest(config.model)}")
     if config.pretrained is None:
@@ -64,7 +64,7 @@ def load_model(config: ClipConfig, device: torch.device) -> tuple[Any, Any]:
             force_quick_gelu=bool(tag.get("quick_gelu", False)),
             require_pretrained=True,
         )
-        tokenizer = open_clip.get_tokenizer(config.model)
+        tokenizer = open_clip.get_tokenizer(config.model, **_without_code(config.model))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"clip.model {config.model} cannot be loaded: {_first_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
@@ -90,21 +90,43 @@ def _folder_weights(folder: Path) -> Path:
         raise ModelError(f"clip.model: there is no folder {folder}")
     if not (folder / CONFIG_NAME).is_file():
         raise ModelError(f"clip.model: {folder} has no {CONFIG_NAME}; open_clip's folder format is needed")
-    _refuse_fetched_text_tower(folder / CONFIG_NAME)
+    _refuse_foreign_towers(folder / CONFIG_NAME)
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
     if not found:
         raise ModelError(f"clip.model: {folder} has no .safetensors file; .bin and .pt files are not read")
     return next((found[name] for name in PREFERRED_NAMES if name in found), next(iter(found.values())))
 
 
-def _refuse_fetched_text_tower(path: Path) -> None:
+def _without_code(model: str) -> dict[str, Any]:
+    """What a transformers tokenizer must be told: a configuration can ask for the checkpoint's own code to be run."""
+    if model.startswith(LOCAL):
+        text_config = _towers(Path(model.removeprefix(LOCAL)) / CONFIG_NAME)["text_cfg"]
+    elif model.startswith(HUB):
+        text_config = _towers(_hub_file(model.removeprefix(HUB), CONFIG_NAME))["text_cfg"]
+    else:
+        text_config = open_clip.get_model_config(model)["text_cfg"]
+    return {"trust_remote_code": False} if text_config.get("hf_tokenizer_name") else {}
+
+
+def _towers(path: Path) -> dict[str, Any]:
     try:
-        text_config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+        towers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        return {"vision_cfg": {**towers["vision_cfg"]}, "text_cfg": {**towers["text_cfg"]}}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"clip.model: {path} is no open_clip configuration ({_first_line(error)})") from error
-    name = text_config.get("hf_model_name")
-    if name and not Path(name).is_dir():
-        raise ModelError(f"clip.model: {path} names the text tower {name}, which would be fetched; put it in a folder")
+
+
+def _refuse_foreign_towers(path: Path) -> None:
+    """A tower that lies elsewhere would be fetched; one with code of its own would be asked about."""
+    towers = _towers(path)
+    text, vision = str(towers["text_cfg"].get("hf_model_name") or ""), str(towers["vision_cfg"].get("timm_model_name"))
+    if text and not Path(text).is_dir():
+        raise ModelError(f"clip.model: {path} names the text tower {text}, which would be fetched; put it in a folder")
+    if ":" in vision:
+        raise ModelError(f"clip.model: {path} names the picture tower {vision}, which would be fetched")
+    own = Path(text) / "config.json"
+    if text and own.is_file() and "auto_map" in own.read_text(encoding="utf-8", errors="replace"):
+        raise ModelError(f"clip.model: {path} names the text tower {text} with code of its own, which is never run")
 
 
 def _tagged_weights(config: ClipConfig, pretrained: str) -> Path:
@@ -114,7 +136,7 @@ def _tagged_weights(config: ClipConfig, pretrained: str) -> Path:
     repository, _, name = tag.get("hf_hub", "").rpartition("/")
     if not repository:
         raise ModelError(f"clip.pretrained {pretrained} of {config.model} is not offered as safetensors{_tags(config)}")
-    return _hub_weights(repository, str(Path(name).with_suffix(".safetensors")) if name else HF_SAFE_WEIGHTS_NAME)
+    return _hub_file(repository, str(Path(name).with_suffix(".safetensors")) if name else HF_SAFE_WEIGHTS_NAME)
 
 
 def _single_file(config: ClipConfig, path: Path) -> Path:
@@ -125,7 +147,7 @@ def _single_file(config: ClipConfig, path: Path) -> Path:
     return path
 
 
-def _hub_weights(repository: str, name: str) -> Path:
+def _hub_file(repository: str, name: str) -> Path:
     try:
         path = download_pretrained_from_hf(repository, filename=name)
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from guardalign.errors import InputError, RowError
-from guardalign.sources.pictures import ImageRoot, with_picture
+from guardalign.sources.pictures import ImageRoot, with_pictures
 from guardalign.sources.planning import Columns
 from guardalign.sources.rows import InputRow, checked, failed, to_table
 
@@ -97,7 +97,7 @@ def input_table(
     rows = list(_rows(table, columns, places))
     if not _is_valid(passed):
         rows, passed = _without_invalid(rows, passed)
-    core = to_table([with_picture(row, root) for row in rows], ())
+    core = to_table(with_pictures(rows, root), ())
     for field, column in zip(passed.schema, passed.columns, strict=True):
         core = core.append_column(pa.field(field.name, field.type), column)
     return core
@@ -132,6 +132,20 @@ def _without_invalid(rows: list[InputRow], passed: pa.Table) -> tuple[list[Input
 
 def _unreadable(row: InputRow) -> InputRow:
     sentence = f"a passed-through column of sample {row.sample_id} holds text that is no valid UTF-8"
+    return failed(row, RowError("row_unreadable", sentence))
+
+
+def lost_table(sample_ids: Sequence[str], places: Sequence[str], passed: Sequence[pa.Field]) -> pa.Table:
+    """Rows whose cells cannot be decoded, as error rows with nulls in the columns of `passed`."""
+    rows = [_lost(InputRow(*pair)) for pair in zip(sample_ids, places, strict=True)]
+    table = to_table(rows, ())
+    for field in passed:
+        table = table.append_column(field, pa.nulls(len(rows), field.type))
+    return table
+
+
+def _lost(row: InputRow) -> InputRow:
+    sentence = f"the row of sample {row.sample_id} stands in a part of its file that cannot be decoded"
     return failed(row, RowError("row_unreadable", sentence))
 
 

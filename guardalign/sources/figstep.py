@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from guardalign.errors import InputError
 from guardalign.sources.files import ListedFile, absolute, join, list_files
-from guardalign.sources.planning import find_present
+from guardalign.sources.planning import URLS, find_present
 from guardalign.sources.rows import InputRow
 from guardalign.sources.tables import CsvSource
 
@@ -29,6 +29,7 @@ class FigstepSource(CsvSource):
     prompt: ClassVar[str] = PROMPT
     meaningless = (
         *CsvSource.meaningless,
+        *URLS,
         "image_root",
         "image_column",
         "prompt_column",

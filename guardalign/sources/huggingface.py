@@ -22,7 +22,7 @@ from guardalign.errors import ConfigError, InputError, require
 from guardalign.sources import arrow
 from guardalign.sources.contract import InputFile, Plan, Shard, Span
 from guardalign.sources.files import absolute, list_folder
-from guardalign.sources.pictures import ImageRoot, PictureCensus
+from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
 from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, refuse_empty
 from guardalign.sources.rows import InputRow, checked, location, whole
 
@@ -91,8 +91,8 @@ class HuggingfaceSource:
 
     def _image_root(self) -> ImageRoot:
         if self.config.image_root is not None:
-            return ImageRoot(self.config.image_root, "image_root", is_configured=True)
-        return ImageRoot(absolute(str(self.config.path)), "")
+            return ImageRoot(self.config.image_root, "image_root", is_configured=True, web=web_limits(self.config))
+        return ImageRoot(absolute(str(self.config.path)), "", web=web_limits(self.config))
 
     def read(self, shard: Shard) -> pa.Table:
         """See `Source.read`."""

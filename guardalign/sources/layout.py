@@ -21,7 +21,7 @@ from guardalign.config import InputConfig
 from guardalign.errors import InputError, RowError, require
 from guardalign.sources.contract import InputFile, Plan
 from guardalign.sources.files import ListedFile, absolute, join, list_files, open_input
-from guardalign.sources.pictures import ImageRoot
+from guardalign.sources.pictures import ImageRoot, web_limits
 from guardalign.sources.planning import find_present
 from guardalign.sources.records import Record, csv_records, jsonl_records
 from guardalign.sources.rows import InputRow, failed
@@ -150,7 +150,8 @@ class LayoutSource(TableSource):
         if self.config.image_root is not None:
             return super().image_root(uri, name)
         base = uri.removesuffix(f"/{name}")
-        return ImageRoot(join(base, self.pictures) if self.pictures else base, self.pictures)
+        folder = join(base, self.pictures) if self.pictures else base
+        return ImageRoot(folder, self.pictures, web=web_limits(self.config))
 
     def check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
         """No notes; raises `InputError` for a field that the layout prescribes and no record has."""

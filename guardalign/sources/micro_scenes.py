@@ -23,7 +23,7 @@ from guardalign.errors import require
 from guardalign.sources.contract import Plan, Shard
 from guardalign.sources.files import list_files
 from guardalign.sources.layout import BENIGN, COLUMN_SETTINGS, OWN_COLUMNS, with_own_columns
-from guardalign.sources.planning import ShardCutter, text_fields
+from guardalign.sources.planning import URLS, ShardCutter, text_fields
 from guardalign.sources.rows import InputRow, location, to_table, whole
 
 FOLDER: Final = Path(__file__).parents[1] / "micro"
@@ -41,6 +41,7 @@ class MicroSource:
         "revision",
         "subset",
         "image_root",
+        *URLS,
         *COLUMN_SETTINGS,
     )
 

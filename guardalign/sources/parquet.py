@@ -20,7 +20,7 @@ from guardalign.errors import InputError
 from guardalign.sources import arrow
 from guardalign.sources.contract import Plan, Shard, Span
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files, open_input
-from guardalign.sources.pictures import ImageRoot, PictureCensus
+from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
 from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, refuse_empty
 from guardalign.sources.rows import InputRow, checked, location, whole
 
@@ -32,6 +32,10 @@ _BUFFER = 2**20
 """Compressed bytes held of each column, instead of its whole chunk. [bytes]"""
 _REREAD = 20
 """A row group of more shards than this is worth a note: each shard decodes its group from the start."""
+
+
+_MOST_ROWS_A_BYTE = 2**14
+"""Repeated values pack tightly, but not so tightly."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,45 @@ class ParquetSource:
         return whole(pa.concat_tables(tables, promote_options="permissive").combine_chunks(), shard)
 
     def _read_span(self, span: Span) -> Iterator[pa.Table]:
-        root = image_root(self.config, span.uri, span.name)
         with _opened(span.uri, span.name) as parquet:
-            columns = find_columns(self.config, parquet.schema_arrow.names, span.name)
-            for first, batch in _batches(parquet, span, _needed(self.config, columns)):
-                places = [location(span.name, first + i) for i in range(batch.num_rows)]
+            for piece in _pieces(parquet.metadata, span):
+                yield from self._read_piece(parquet, piece, span)
+
+    def _read_piece(self, parquet: pq.ParquetFile, piece: _Piece, span: Span) -> Iterator[pa.Table]:
+        """The piece's rows; those that cannot be decoded are error rows, their neighbours in other groups are not."""
+        root = image_root(self.config, span.uri, span.name)
+        columns = find_columns(self.config, parquet.schema_arrow.names, span.name)
+        done = piece.first
+        try:
+            for batch in _batches(parquet, piece, _needed(self.config, columns)):
+                places = [location(span.name, done + i) for i in range(batch.num_rows)]
                 yield arrow.input_table(batch, batch.select(self.config.passthrough), columns, places, root)
+                done += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            if not _is_damage(error):
+                raise
+        if done < piece.stop:
+            rest = dataclasses.replace(piece, first=done)
+            yield self._lost(parquet, rest, columns.sample_id, span.name)
+
+    def _lost(self, parquet: pq.ParquetFile, piece: _Piece, id_column: str | None, name: str) -> pa.Table:
+        """Error rows under the ids that the plan knows."""
+        places = [location(name, number) for number in range(piece.first, piece.stop)]
+        fields = arrow.passthrough_fields(parquet.schema_arrow, self.config.passthrough)
+        if id_column is None:
+            return arrow.lost_table(places, places, fields)
+        with _planning(name, "ids"):
+            cells = pa.concat_tables(_batches(parquet, piece, [id_column]))
+            if cells.num_rows < len(places):
+                raise pa.ArrowInvalid("too few ids")
+            return arrow.lost_table(list(arrow.ids(cells, id_column, places)), places, fields)
 
 
 def image_root(config: InputConfig, uri: str, name: str) -> ImageRoot:
     """Where the pictures lie that the file `name` refers to."""
     if config.image_root is not None:
-        return ImageRoot(config.image_root, "image_root", is_configured=True)
-    return ImageRoot(folder_of(uri), name.rpartition("/")[0])
+        return ImageRoot(config.image_root, "image_root", is_configured=True, web=web_limits(config))
+    return ImageRoot(folder_of(uri), name.rpartition("/")[0], web=web_limits(config))
 
 
 @contextmanager
@@ -92,10 +122,20 @@ def _opened(uri: str, name: str) -> Iterator[pq.ParquetFile]:
     with open_input(uri, name) as file:
         try:
             parquet = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
-        except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as error:
-            reason = "it may be only partly written" if "Parquet" in str(error) else str(error)
+        except UnicodeDecodeError:
+            raise InputError(f"{name} is damaged: the name of a column is no UTF-8") from None
+        except (pa.ArrowException, OSError) as error:
+            reason = "it may be only partly written" if "Parquet" in str(error) else str(error).splitlines()[0]
             raise InputError(f"{name} is no complete Parquet file: {reason}") from error
+        _refuse_senseless(parquet.metadata, name)
         yield parquet
+
+
+def _refuse_senseless(metadata: pq.FileMetaData, name: str) -> None:
+    """Rows that are in no row group, or in one that has fewer than none, cannot be planned."""
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        raise InputError(f"{name} is damaged: its row groups do not add up to its rows")
 
 
 def _needed(config: InputConfig, columns: Columns) -> list[str]:
@@ -103,32 +143,60 @@ def _needed(config: InputConfig, columns: Columns) -> list[str]:
     return list(dict.fromkeys(column for column in wanted if column is not None))
 
 
-def _batches(parquet: pq.ParquetFile, span: Span, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """The span's rows in pieces, each with the number of its first row; other row groups are not touched."""
-    groups, position = _groups(parquet.metadata, span)
-    end = span.first + span.num_rows
-    if not groups:
-        return
-    for batch in parquet.iter_batches(_PICTURE_ROWS, row_groups=groups, columns=list(names), use_threads=False):
-        start, stop = max(span.first, position), min(end, position + batch.num_rows)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows `first` .. `stop - 1` of a file, which stand in one row group."""
+
+    group: int
+    offset: int
+    """number of the group's first row in the file"""
+    first: int
+    stop: int
+
+
+def _pieces(metadata: pq.FileMetaData, span: Span) -> Iterator[_Piece]:
+    """The row groups that hold the span, each with the rows wanted of it."""
+    offset = 0
+    for group in range(metadata.num_row_groups):
+        after = offset + metadata.row_group(group).num_rows
+        first, stop = max(span.first, offset), min(span.first + span.num_rows, after)
+        if first < stop:
+            yield _Piece(group, offset, first, stop)
+        offset = after
+
+
+def _batches(parquet: pq.ParquetFile, piece: _Piece, names: Sequence[str]) -> Iterator[pa.Table]:
+    """The piece's rows in order; other row groups are not touched."""
+    position = piece.offset
+    for batch in parquet.iter_batches(_PICTURE_ROWS, row_groups=[piece.group], columns=list(names), use_threads=False):
+        start, stop = max(piece.first, position), min(piece.stop, position + batch.num_rows)
         if start < stop:
-            yield start, pa.table(batch.slice(start - position, stop - start)).select(list(names))
+            yield pa.table(batch.slice(start - position, stop - start)).select(list(names))
         position += batch.num_rows
-        if position >= end:
+        if position >= piece.stop:
             return
 
 
-def _groups(metadata: pq.FileMetaData, span: Span) -> tuple[list[int], int]:
-    """The row groups that hold the span, and the number of the first's first row."""
-    groups: list[int] = []
-    position = start = 0
-    for group in range(metadata.num_row_groups):
-        num_rows = metadata.row_group(group).num_rows
-        if position < span.first + span.num_rows and position + num_rows > span.first:
-            start = start if groups else position
-            groups.append(group)
-        position += num_rows
-    return groups, start
+def _is_damage(error: Exception) -> bool:
+    """Whether Arrow cannot decode what it read; an error of the file system is no damage."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
+@contextmanager
+def _planning(name: str, what: str) -> Iterator[None]:
+    """`InputError` where pages that the plan rests on cannot be decoded; Arrow's own words may quote them."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if not _is_damage(error):
+            raise
+        raise InputError(f"{name} is damaged: its {what} cannot be decoded") from error
+
+
+def _refuse_too_many(num_rows: int, file: ListedFile) -> None:
+    """A footer that counts rows which cannot be there would be planned for ever."""
+    if num_rows > _MOST_ROWS_A_BYTE * file.size:
+        raise InputError(f"{file.name} claims {num_rows:,} rows in {file.size:,} bytes: it is damaged")
 
 
 class _Survey:
@@ -148,16 +216,19 @@ class _Survey:
         columns = find_columns(self._config, schema.names, file.name)
         arrow.check_types(schema, columns, file.name)
         self._check_fields(schema, file.name)
+        _refuse_too_many(parquet.metadata.num_rows, file)
         num_rows = parquet.metadata.num_rows if limit is None else min(limit, parquet.metadata.num_rows)
         self.cutter.add(file.uri, file.name, 0, num_rows)
         self.notes |= dict.fromkeys((*columns.notes, *self._note_of_groups(parquet.metadata, file.name)))
         self._check_ids(columns, file.name)
         if columns.sample_id is not None:
-            for sample_id, _ in islice(_ids_of(self._config, file), num_rows):
-                self.ledger.add(sample_id)
+            with _planning(file.name, "ids"):
+                for sample_id, _ in islice(_ids_of(self._config, file), num_rows):
+                    self.ledger.add(sample_id)
         root = image_root(self._config, file.uri, file.name)
-        for reference in islice(_references(parquet, columns.image), num_rows):
-            self.census.add(root, checked(InputRow("", "", image_reference=reference)))
+        with _planning(file.name, "picture paths"):
+            for reference in islice(_references(parquet, columns.image), num_rows):
+                self.census.add(root, checked(InputRow("", "", image_reference=reference)))
 
     def _check_ids(self, columns: Columns, name: str) -> None:
         """An id column stands in all files or in none: derived ids beside own ones are a file that went wrong."""
@@ -199,22 +270,14 @@ def _ids_of(config: InputConfig, file: ListedFile) -> Iterator[tuple[str, str]]:
 
 
 def _references(parquet: pq.ParquetFile, image: str | None) -> Iterator[str | None]:
-    """The picture paths of all rows that may name a file; bytes are not read to learn whether a row does."""
+    """The picture paths of all rows that may name a file; bytes are not read to learn whether a row does.
+
+    Nor are their statistics: `ColumnChunkMetaData` of pyarrow ends the whole process over a damaged footer (26.0).
+    """
     kind = pa.null() if image is None else parquet.schema_arrow.field(image).type
     if arrow.is_path(kind):
         for batch in parquet.iter_batches(_TEXT_ROWS, columns=[image], use_threads=False):
             yield from arrow.texts(pa.table(batch)[image])
-    elif pa.types.is_struct(kind) and "path" in [field.name for field in kind] and _may_lack_bytes(parquet, image):
+    elif pa.types.is_struct(kind) and "path" in [field.name for field in kind]:
         for batch in parquet.iter_batches(_TEXT_ROWS, columns=[f"{image}.path"], use_threads=False):
             yield from arrow.pictures(pa.table(batch)[image])[1]
-
-
-def _may_lack_bytes(parquet: pq.ParquetFile, image: str | None) -> bool:
-    """Whether a null may stand in the struct's bytes, by the column's statistics."""
-    metadata = parquet.metadata
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    if f"{image}.bytes" not in paths or metadata.num_row_groups == 0:
-        return True
-    index = paths.index(f"{image}.bytes")
-    counts = [metadata.row_group(i).column(index).statistics for i in range(metadata.num_row_groups)]
-    return any(count is None or not count.has_null_count or count.null_count > 0 for count in counts)

@@ -1,6 +1,7 @@
 """Picture files that rows name: which may be read, reading one, and listing those of a whole data set.
 
-Nothing outside the image root is read, and nothing from the web: a reference is data, and data may be hostile.
+Nothing outside the image root is read, and nothing from the web unless `input.allow_urls` is set: a reference is data,
+and data may be hostile.
 """
 
 from __future__ import annotations
@@ -8,19 +9,25 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
+from guardalign.config import InputConfig
 from guardalign.errors import RowError
 from guardalign.sources.contract import InputFile
 from guardalign.sources.files import is_remote, join, list_folder, open_file, printable
 from guardalign.sources.planning import named
 from guardalign.sources.rows import InputRow, failed
+from guardalign.sources.web import WebLimits, fetch, is_url
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Endings of picture files, lower case."""
+FETCHES = 8
+"""Pictures from the web that a reader waits for at once."""
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
@@ -35,22 +42,31 @@ class ImageRoot:
     """what its files' names start with in the listing; empty for the input's own root"""
     is_configured: bool = False
     """input.image_root names it"""
+    web: WebLimits | None = None
+    """for references that are web addresses; None: they are refused"""
 
     def relative(self, reference: str, sample_id: str) -> str:
         """`reference` as a path below the root. Raises `RowError` for one that leaves it, by its text alone."""
-        if re.match(r"https?://", reference, re.IGNORECASE):
-            raise _missing(sample_id, "is named by a web address; pictures are read from files only")
-        if "\0" in reference:
+        if is_url(reference):
+            raise _missing(sample_id, "is named by a web address, and input.allow_urls is off")
+        if "\0" in reference or (is_remote(self.uri) and "::" in reference):  # "::" chains fsspec's file systems
             raise _missing(sample_id, "has a name that no file can have")
-        protocol, root = _split(self.uri)
-        whole = reference if _is_absolute(reference) else f"{self.uri}/{reference}"
-        other, path = _split(whole)
-        if protocol != other or not path.startswith(root.rstrip("/") + "/"):
+        relative = self._below(reference)
+        if relative is None or (is_remote(self.uri) and self._below(unquote(reference)) is None):
             raise _missing(sample_id, "lies outside the image root")
-        return path[len(root.rstrip("/")) + 1 :]
+        return relative
+
+    def _below(self, reference: str) -> str | None:
+        """The path from the root on; None for one that leads out of it."""
+        protocol, root = _split(self.uri)
+        other, path = _split(reference if _is_absolute(reference) else f"{self.uri}/{reference}")
+        inside = protocol == other and path.startswith(root.rstrip("/") + "/")
+        return path[len(root.rstrip("/")) + 1 :] if inside else None
 
     def read(self, reference: str, sample_id: str) -> bytes:
         """The encoded picture. Raises `RowError` where there is none to be had; other I/O errors pass."""
+        if self.web is not None and is_url(reference):
+            return fetch(reference, sample_id, self.web)
         uri = join(self.uri, self.relative(reference, sample_id))
         if not is_remote(uri):
             self._check_local(Path(uri), sample_id)
@@ -98,6 +114,20 @@ def with_picture(row: InputRow, root: ImageRoot) -> InputRow:
     return InputRow(row.sample_id, row.source, row.prompt, image, None, row.category, row.label, row.passthrough)
 
 
+def with_pictures(rows: Sequence[InputRow], root: ImageRoot) -> list[InputRow]:
+    """`rows` with their pictures read; several at once where they come from the web."""
+    num_urls = sum(row.image_reference is not None and is_url(row.image_reference) for row in rows)
+    if root.web is None or num_urls == 0:
+        return [with_picture(row, root) for row in rows]
+    with ThreadPoolExecutor(min(FETCHES, num_urls)) as threads:
+        return list(threads.map(partial(with_picture, root=root), rows))
+
+
+def web_limits(config: InputConfig) -> WebLimits | None:
+    """What a picture from the web may cost; None where none is to be fetched."""
+    return WebLimits(config.url_seconds, config.url_bytes) if config.allow_urls else None
+
+
 class PictureCensus:
     """Which picture files the rows name, and which none does. Holds names and listings, never a picture."""
 
@@ -109,7 +139,7 @@ class PictureCensus:
         self._named.setdefault(root, set())
 
     def add(self, root: ImageRoot, row: InputRow) -> None:
-        """Note the picture of a row; references that may not be read name no file."""
+        """Note the picture of a row; web addresses, and references that may not be read, name no file."""
         if row.image_reference is None:
             return
         try:

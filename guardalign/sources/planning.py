@@ -17,6 +17,8 @@ from guardalign.config import InputConfig
 from guardalign.errors import InputError, require
 from guardalign.sources.contract import INPUT_SCHEMA, Shard, Span
 
+URLS = ("allow_urls", "url_seconds", "url_bytes")
+"""Settings without a meaning where no row names its picture."""
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(InputConfig)}
 
 
@@ -141,7 +143,7 @@ def _check_asked_for(config: InputConfig, setting: str, present: Collection[str]
 
 def _check_present(setting: str, column: str, present: Collection[str], where: str) -> None:
     if column not in present:
-        there = ", ".join(present) or "none"
+        there = named(present) or "none"
         raise InputError(f"input.{setting} names the column {column}, which {where} lacks; its columns: {there}")
 
 
@@ -149,7 +151,7 @@ def find_present(present: Collection[str], needed: Iterable[str]) -> None:
     """Raise `InputError` for a column that the format prescribes and the data set lacks."""
     for column in needed:
         if column not in present:
-            raise InputError(f"the data set lacks the column {column}; its columns: {', '.join(present) or 'none'}")
+            raise InputError(f"the data set lacks the column {column}; its columns: {named(present) or 'none'}")
 
 
 def check_settings(config: InputConfig, meaningless: Collection[str], reserved: Collection[str]) -> None:

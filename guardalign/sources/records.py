@@ -18,6 +18,10 @@ from guardalign.sources.files import open_input
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_CELL = 2**26
 """A quote that is never closed must not swallow a whole file into memory. [characters]"""
+LONGEST_LINE = 2**26
+"""Nor must a file without line ends, or one text member of a tar. [bytes]"""
+_DEEPEST = 200
+"""Levels of lists and objects in a JSON value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,8 @@ class Record:
 class _Lines:
     """A binary file as lines of text; `offset` is the byte after the last line given."""
 
-    def __init__(self, file: IO[bytes], offset: int) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], name: str, offset: int) -> None:
+        self._file, self._name = file, name
         self.offset = offset
         file.seek(offset)
 
@@ -48,11 +52,19 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._file.readline()
+        line = _line(self._file, self._name)
         if not line:
             raise StopIteration
         start, self.offset = self.offset, self.offset + len(line)
         return (line.removeprefix(_BOM) if start == 0 else line).decode("utf-8", "surrogateescape")
+
+
+def _line(file: IO[bytes], name: str) -> bytes:
+    """The next line, empty at the end; `InputError` for one that no table has."""
+    line = file.readline(LONGEST_LINE + 1)
+    if len(line) > LONGEST_LINE:
+        raise InputError(f"{name} has a line of more than {LONGEST_LINE:,} bytes: it is no table of records in lines")
+    return line
 
 
 def csv_records(uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
@@ -62,10 +74,10 @@ def csv_records(uri: str, name: str, first: int = 0, offset: int | None = None) 
     """
     csv.field_size_limit(_LONGEST_CELL)  # of the whole process; the default of 128 KiB is below an over-long prompt
     with open_input(uri, name) as file:
-        lines = _Lines(file, 0)
+        lines = _Lines(file, name, 0)
         header = _header(lines, name)
         if offset is not None:
-            lines = _Lines(file, offset)
+            lines = _Lines(file, name, offset)
         yield from _csv_rows(lines, header, name, first)
 
 
@@ -114,7 +126,7 @@ def jsonl_records(uri: str, name: str, first: int = 0, offset: int | None = None
     with open_input(uri, name) as file:
         start, number = offset or 0, first
         file.seek(start)
-        while line := file.readline():
+        while line := _line(file, name):
             text = line.removeprefix(_BOM) if start == 0 else line
             if text.strip():
                 fields = json_object(text)
@@ -125,8 +137,20 @@ def jsonl_records(uri: str, name: str, first: int = 0, offset: int | None = None
 
 
 def json_object(line: bytes) -> Mapping[str, Any] | None:
+    """The JSON object that the bytes are; None where they are none, or one that is nested too deeply."""
     try:
         value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError; deep nesting exhausts the stack
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not _is_deep(line, value) else None
+
+
+def _is_deep(line: bytes, value: Any) -> bool:
+    """Nested beyond `_DEEPEST`: whether such a value can be read or written depends on the stack that is left."""
+    if line.count(b"[") + line.count(b"{") <= _DEEPEST:
+        return False
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [child for each in nested for child in (each.values() if isinstance(each, dict) else each)]
+    return any(isinstance(each, dict | list) for each in level)

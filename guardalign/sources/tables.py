@@ -19,7 +19,7 @@ from guardalign.config import InputConfig
 from guardalign.errors import RowError
 from guardalign.sources.contract import Plan, Shard
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files
-from guardalign.sources.pictures import ImageRoot, PictureCensus, note_of_unnamed, with_picture
+from guardalign.sources.pictures import ImageRoot, PictureCensus, note_of_unnamed, web_limits, with_pictures
 from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, refuse_empty, text_fields
 from guardalign.sources.records import Record, csv_records, jsonl_records
 from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
@@ -79,8 +79,8 @@ class TableSource:
     def image_root(self, uri: str, name: str) -> ImageRoot:
         """Where the pictures of the table `name` lie."""
         if self.config.image_root is not None:
-            return ImageRoot(self.config.image_root, "image_root", is_configured=True)
-        return ImageRoot(folder_of(uri), name.rpartition("/")[0])
+            return ImageRoot(self.config.image_root, "image_root", is_configured=True, web=web_limits(self.config))
+        return ImageRoot(folder_of(uri), name.rpartition("/")[0], web=web_limits(self.config))
 
     def plan(self, shard_rows: int, limit: int | None) -> Plan:
         """See `Source.plan`."""
@@ -121,7 +121,7 @@ class TableSource:
         for span in shard.spans:
             root = self.image_root(span.uri, span.name)
             records = self.records(span.uri, span.name, span.first, span.offset)
-            rows += [with_picture(self.row(record), root) for record in islice(records, span.num_rows)]
+            rows += with_pictures([self.row(record) for record in islice(records, span.num_rows)], root)
         return whole(to_table(rows, text_fields(self.config)), shard)
 
 

@@ -8,6 +8,7 @@ disk; samples with links, devices or names that lead out of a folder are error r
 from __future__ import annotations
 
 import dataclasses
+import os
 import posixpath
 import re
 import tarfile
@@ -23,8 +24,8 @@ from guardalign.errors import InputError, RowError
 from guardalign.sources.contract import Plan, Shard
 from guardalign.sources.files import ListedFile, list_files, open_input, printable
 from guardalign.sources.pictures import IMAGE_SUFFIXES
-from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, named, refuse_empty, text_fields
-from guardalign.sources.records import json_object
+from guardalign.sources.planning import URLS, IdLedger, ShardCutter, find_columns, named, refuse_empty, text_fields
+from guardalign.sources.records import LONGEST_LINE, json_object
 from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
 from guardalign.sources.tables import as_text
 
@@ -69,7 +70,7 @@ class WebdatasetSource:
     """A tar, a folder, a glob or a list of them. `image_column`, if set, is the extension of the picture."""
 
     config: InputConfig
-    meaningless: ClassVar[tuple[str, ...]] = ("split", "revision", "subset", "image_root")
+    meaningless: ClassVar[tuple[str, ...]] = ("split", "revision", "subset", "image_root", *URLS)
 
     def plan(self, shard_rows: int, limit: int | None) -> Plan:
         """See `Source.plan`."""
@@ -182,6 +183,13 @@ def _refuse_unsafe(sample: _TarSample, place: str) -> None:
         raise RowError("row_unreadable", f"sample {place} has a member name that leads out of its folder")
     if not all(part.member.isreg() for part in sample.parts):
         raise RowError("row_unreadable", f"sample {place} has a member that is a link or a device, not a file")
+    if any(part.member.issparse() for part in sample.parts):
+        raise RowError("row_unreadable", f"sample {place} has a member with holes (GNU sparse); pack it without")
+    extensions = [part.extension for part in sample.parts]
+    if len(set(extensions)) < len(extensions):
+        raise RowError("row_unreadable", f"sample {place} has two members of one ending")
+    if any(part.extension in ("txt", "json") and part.member.size > LONGEST_LINE for part in sample.parts):
+        raise RowError("row_unreadable", f"sample {place} has a text of more than {LONGEST_LINE:,} bytes")
 
 
 def _fields(sample: _TarSample, place: str) -> Mapping[str, Any]:
@@ -200,19 +208,39 @@ def _note_of(strangers: Sequence[str]) -> tuple[str, ...]:
     return (f"{subject} to no sample (no extension, or no name before it): {named(strangers)}",)
 
 
+class _Bounded:
+    """A file that is never asked for more bytes than it has: memory for them is taken first, whatever a header says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        here, self._file = file.tell(), file
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(here)
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes."""
+        return self._file.read(max(min(size, self.size - self.tell()), 0))
+
+
 def _samples(opened: IO[bytes], name: str, strangers: list[str] | None = None) -> Iterator[_TarSample]:
     """The samples from where `opened` stands, in order; reads headers only. Raises `InputError` for a damaged tar."""
     try:
-        with tarfile.open(fileobj=opened, mode="r:") as tar:
-            for key, parts in groupby(_parts(tar, opened, name, strangers), key=lambda part: part.key):
+        bounded = _Bounded(opened)
+        with tarfile.open(fileobj=bounded, mode="r:") as tar:  # type: ignore[call-overload]  # reads, seeks and tells
+            for key, parts in groupby(_parts(tar, bounded, name, strangers), key=lambda part: part.key):
                 yield _TarSample(key, tuple(parts), tar)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise InputError(f"{name} is no plain, complete tar file: {error}") from error
+    except RecursionError:  # tarfile calls itself for each
+        raise InputError(f"{name} is no sound tar file: too many headers stand before a member") from None
 
 
-def _parts(tar: tarfile.TarFile, opened: IO[bytes], name: str, strangers: list[str] | None) -> Iterator[_Part]:
+def _parts(tar: tarfile.TarFile, opened: _Bounded, name: str, strangers: list[str] | None) -> Iterator[_Part]:
+    end = 0
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+        _refuse_senseless(tar, member, end, opened.size, name)
+        end = tar.offset
         match = _NAME.match(member.name)
         if member.isdir():
             continue
@@ -223,7 +251,16 @@ def _parts(tar: tarfile.TarFile, opened: IO[bytes], name: str, strangers: list[s
     _refuse_damaged_end(tar, opened, name)
 
 
-def _refuse_damaged_end(tar: tarfile.TarFile, opened: IO[bytes], name: str) -> None:
+def _refuse_senseless(tar: tarfile.TarFile, member: tarfile.TarInfo, end: int, size: int, name: str) -> None:
+    """A member that ends before it begins sends a walk back, for ever; what holds for all is not seen from a shard."""
+    if member.size < 0 or not end < tar.offset <= size + _BLOCK:
+        raise InputError(f"{name} is no complete tar file: the member at byte {member.offset:,} ends outside of it")
+    for field in ("path", "size", "linkpath", "hdrcharset"):
+        if field in tar.pax_headers:
+            raise InputError(f"{name} has a global header that sets the {field} of all members: pack it without")
+
+
+def _refuse_damaged_end(tar: tarfile.TarFile, opened: _Bounded, name: str) -> None:
     """A header that is no header ends a walk without a word: what follows would be lost."""
     opened.seek(tar.offset)
     block = opened.read(_BLOCK)
