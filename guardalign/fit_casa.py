@@ -41,7 +41,7 @@ from guardalign.models.asking import Asking
 from guardalign.models.decoding import Decoder
 from guardalign.models.lvlm import Lvlm
 from guardalign.models.safety_head import CARD, WEIGHTS, lvlm_fingerprint, question_embedding, save_head
-from guardalign.pipeline import read_shard
+from guardalign.reading import read_shard
 from guardalign.schema import IMAGE, RESULT_NAMES
 from guardalign.sources import make_source
 from guardalign.types import Case, Sample

@@ -27,6 +27,7 @@ import pyarrow as pa
 from guardalign.config import ClusterConfig
 from guardalign.errors import UserError
 from guardalign.guard import Failure
+from guardalign.journal import Journal
 from guardalign.results import Receipt, ShardWriter
 from guardalign.schema import PLANNED, trace_of, with_columns, with_trace
 from guardalign.sight import Sight, require_sight
@@ -47,10 +48,11 @@ class Isolated:
         self.worker = Worker(order, cluster.shard_seconds, cluster.worker_gib)
         self.worker.start()
         self._deaths = 0
+        self._notes: tuple[str, ...] = ()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The shard through all stages; rows that end the worker are error rows."""
-        self._deaths, unexplained = 0, 0
+        self._deaths, self._notes, unexplained = 0, (), 0
         while unexplained < MOST_UNEXPLAINED:
             try:
                 return self._with_deaths(self.worker(table))
@@ -59,6 +61,8 @@ class Isolated:
                 culprits = self._culprits(table, death)
                 table = _condemned(table, culprits)
                 unexplained += not culprits
+                if not culprits and death.kind != "killed_worker":
+                    self._notes = (_advice(death, self.worker.order.pool),)
         return self._with_deaths(self._one_by_one(table))
 
     def stop(self) -> None:
@@ -99,7 +103,14 @@ class Isolated:
             return table
         trace = trace_of(table)
         counters = {**trace.counters, DEATHS: trace.counters.get(DEATHS, 0) + self._deaths}
-        return with_trace(table, replace(trace, counters=counters))
+        return with_trace(table, replace(trace, counters=counters, notes=(*trace.notes, *self._notes)))
+
+
+def _advice(death: DiedError, pool: str) -> str:
+    """A note on a limit that a shard reaches, but none of its rows."""
+    did = "held" if death.kind == "timed_out" else "filled"
+    mend = "raise that limit, or lower shard_rows"
+    return f"a shard {did} a worker of pool {pool} ({death.how}), and no row of it alone did: {mend}"
 
 
 def _failure(sample_id: str, death: DiedError, times: int) -> Failure:
@@ -160,8 +171,9 @@ class Pool:
     What the user can mend travels back as a value, since an exception that crosses Ray loses its class and its words.
     """
 
-    def __init__(self, order: Order, cluster: ClusterConfig, writer: ShardWriter | None, sight: Sight) -> None:
-        self.writer = writer
+    def __init__(self, order: Order, cluster: ClusterConfig, writer: ShardWriter, is_last: bool, sight: Sight) -> None:
+        self.writer = writer if is_last else None
+        self.journal = Journal(writer.out, order.pool)
         self.work: Isolated | InProcess | None = None
         self.problem: UserError | None = None
         try:
@@ -177,7 +189,7 @@ class Pool:
         try:
             if self.work is None:
                 raise self.problem or AssertionError("neither stages nor a problem")
-            table = self.work(table)
+            table = self.journal.through(self.work, table)
             if self.writer is None:
                 return table
             return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})

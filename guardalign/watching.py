@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from guardalign.errors import ErrorKind, ModelError, UserError
 from guardalign.machine import memory_gib, resident_gib, used_memory
+from guardalign.schema import TIMED_STAGES
 from guardalign.worker import HEADER, Frame, Order, decoded, encoded
 
 FROM_OUTSIDE: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGIO)
@@ -61,7 +62,7 @@ class Worker:
         self.order, self.shard_seconds, self.worker_gib = order, shard_seconds, worker_gib
         self.process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
-        self._stage = order.pool
+        self._stage = order.pool.split("+")[0]
         self._in_hand: Counter[str] = Counter()
         self._buffer = bytearray()
         self._at_begin = 0.0
@@ -71,7 +72,8 @@ class Worker:
         inlet, self._inlet = os.pipe()
         self._outlet, outlet = os.pipe()
         lifeline, self._lifeline = os.pipe()
-        command = [sys.executable, "-P", "-m", "guardalign.worker", str(inlet), str(outlet), str(lifeline)]
+        ends = [str(descriptor) for descriptor in (inlet, outlet, lifeline)]
+        command = [sys.executable, "-P", "-m", "guardalign.worker", *ends, self.order.pool]
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
             command,
@@ -160,7 +162,8 @@ class Worker:
         elif kind == Frame.LAID:
             self._in_hand.subtract(json.loads(content))
         elif kind == Frame.STAGE:
-            self._stage = content.decode()
+            name = content.decode()
+            self._stage = name if name in TIMED_STAGES else self._stage  # `thumbnails` and `expand` are part of others
         elif kind == Frame.PROBLEM:
             name, sentence = json.loads(content)
             raise problem_of(name, sentence)

@@ -267,3 +267,24 @@ def test_a_full_machine_alone_stops_no_worker(worker: Any, tmp_path: Path, monke
     found = worker(Harmful({}, str(tmp_path)))(shard())
     assert outcome(found) == expected()
     assert DEATHS not in trace_of(found).counters
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Takes its time for every row, but no row takes long."""
+
+    name: str = "generate"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """As above."""
+        for sample_id in table["sample_id"].to_pylist():
+            with in_hand([sample_id]):
+                time.sleep(0.4)
+        return with_trace(with_columns(table, {"response": table["sample_id"].to_pylist()}), Trace())
+
+
+def test_a_shard_that_is_slow_as_a_whole_ends_row_by_row_with_a_note(worker: Any) -> None:
+    found = worker(Slow(), shard_seconds=2.5)(shard())
+    assert outcome(found) == {each: each for each in IDS}
+    (note,) = trace_of(found).notes
+    assert "longer than cluster.shard_seconds (2.5 s)), and no row of it alone did: raise that limit" in note

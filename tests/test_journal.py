@@ -1,0 +1,104 @@
+"""A row that takes its worker's watcher with it, too, is found by what was written down before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from runs import committed, rows, run, start
+
+from guardalign.journal import FOLDER, MOST_DEATHS, Journal
+from guardalign.schema import with_columns
+
+IDS = ("a", "b", "c", "d")
+
+
+class DeathError(BaseException):
+    """Stands for the end of the process: nothing after it is run but what finds the folder later."""
+
+
+def shard() -> pa.Table:
+    rows = len(IDS)
+    nothing = {name: [None] * rows for name in ("error", "error_stage", "error_kind")}
+    return with_columns(pa.table({"sample_id": list(IDS)}), {**nothing, "shard": [7] * rows})
+
+
+def lives(out: Path, deadly: frozenset[str], outside: int = 0) -> tuple[pa.Table, int]:
+    """Begins the shard in new lives until one is through; the table, and the deaths. `outside` deaths hit anybody."""
+    deaths = 0
+
+    def work(table: pa.Table) -> pa.Table:
+        nonlocal outside
+        alive = {
+            name
+            for name, error in zip(*(table[n].to_pylist() for n in ("sample_id", "error")), strict=True)
+            if not error
+        }
+        if alive & deadly or outside > 0:
+            outside -= 1
+            raise DeathError
+        return table
+
+    while True:
+        try:
+            return Journal(str(out), "generate").through(work, shard()), deaths
+        except DeathError:
+            deaths += 1
+            assert deaths < 30, "it never ends"
+
+
+@pytest.mark.parametrize("deadly", ["a", "c", "ad", "abcd"])
+def test_rows_that_end_everything_are_given_up(tmp_path: Path, deadly: str) -> None:
+    table, deaths = lives(tmp_path, frozenset(deadly))
+    errors = dict(zip(IDS, table["error_kind"].to_pylist(), strict=True))
+    assert errors == {each: "killed_worker" if each in deadly else None for each in IDS}
+    assert deaths == MOST_DEATHS + 2 * len(deadly)
+    assert "killed the worker and its watcher 2 times" in table["error"][IDS.index(deadly[0])].as_py()
+    assert not list((tmp_path / FOLDER).iterdir()), "what is done is forgotten"
+
+
+@pytest.mark.parametrize("outside", [1, 2, 3, 4, 5])
+def test_deaths_from_outside_cost_no_row_before_the_fifth_over_one_shard(tmp_path: Path, outside: int) -> None:
+    table, deaths = lives(tmp_path, frozenset(), outside)
+    given_up = [name for name, error in zip(IDS, table["error"].to_pylist(), strict=True) if error]
+    assert deaths == outside
+    assert len(given_up) == max(0, outside - MOST_DEATHS) // 2, (
+        "two deaths in succession over the same row alone blame it"
+    )
+
+
+def test_a_note_that_death_has_cut_off_is_none(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "generate-000007.json").write_text('{"begun": 9, "ro')
+    table, deaths = lives(tmp_path, frozenset())
+    assert deaths == 0
+    assert table["error"].null_count == len(IDS)
+
+
+@pytest.mark.slow
+def test_a_row_that_kills_the_whole_process_ends_as_an_error_after_some_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults, out = tmp_path / "faults", tmp_path / "out"
+    faults.mkdir()
+    (faults / "rows.json").write_text(json.dumps({"generate": {"scene-005": "segfault"}}))
+    monkeypatch.setenv("GUARDALIGN_FAULTS", str(faults))
+    flags = ("--recipe", "none", "--shard_rows", 4, "--limit", 8, "--generation.max_new_tokens", 2)
+    flags = (*flags, "--engine", "local", "--cluster.isolated", "false", "--self_check", "false", "--output", out)
+    codes = []
+    while not codes or codes[-1] != 0:
+        process = start(*flags)
+        process.communicate()
+        codes.append(process.returncode)
+        assert len(codes) < 9
+    assert codes == [-11] * 5 + [0]
+    assert committed(out) == 2
+    monkeypatch.delenv("GUARDALIGN_FAULTS")
+    assert run(*flags[:6], "--generation.max_new_tokens", 2, "--output", tmp_path / "whole") == 0
+    found, whole = rows(out), rows(tmp_path / "whole")
+    assert found.pop("scene-005")["error_kind"] == "killed_worker"
+    whole.pop("scene-005")
+    assert {name: row["response"] for name, row in found.items()} == {n: row["response"] for n, row in whole.items()}
+    assert not (out / FOLDER).exists()
