@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from guardalign.errors import ConfigError, RunFailedError, UserError, harmless, require
 from guardalign.version import VERSION
@@ -25,6 +25,7 @@ commands:
   evaluate  benchmarks x defenses x models, and the tables that compare them         (guardalign evaluate --help)
   calibrate find the threshold that flags few benign pictures; a file for --config    (guardalign calibrate --help)
   fit-casa  fit the safety attention of the defense casa to labelled prompts           (guardalign fit-casa --help)
+  verify    check a finished run: files, counts, and some rows computed again        (guardalign verify --help)
   rescore   write the flags and masks of another threshold beside a finished run       (guardalign rescore --help)
   show      print one row and write its picture with heat map and mask                 (guardalign show --help)
 
@@ -35,7 +36,7 @@ guardalign --version prints the version. Without settings, `guardalign audit` ru
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _log_to_stderr()
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -58,6 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a full disk, a folder that may not be written: the user's to mend
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+
+
+class _HarmlessFormatter(logging.Formatter):
+    """One line a message, whatever it holds; a traceback keeps its lines, set in."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - so logging calls it
+        return harmless(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(f"  {harmless(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _log_to_stderr() -> None:
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(_HarmlessFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
 
 
 def _complain(sentence: str, code: int) -> int:
@@ -298,6 +315,52 @@ def _say_lines(text: str) -> None:
         _say(line)
 
 
+def _verify(words: Sequence[str]) -> int:
+    parser = _verify_parser()
+    if not words or words[0].startswith("-"):
+        if not {"-h", "--help"} & set(words):
+            raise ConfigError(
+                "guardalign verify needs the run's folder, before all flags; see guardalign verify --help"
+            )
+        parser.parse_args(["--help"])
+    given, flags = parser.parse_known_args(list(words))
+    from guardalign.models import hide_progress_bars
+    from guardalign.verify import Asked, verify
+
+    hide_progress_bars()
+    files, flags = tuple(given.config), _with_values(flags)
+    asked = Asked(given.out, given.sample, given.seed, files, tuple(flags), given.most_differing, given.judge)
+    return verify(asked, _say)
+
+
+def _verify_parser() -> _Parser:
+    """Its own flags; all others are settings of an audit."""
+    parser = _Parser(
+        prog="guardalign verify",
+        usage="%(prog)s OUT [--sample N] [--seed N] [--most_differing SHARE] [--judge] [--config FILE] "
+        "[--dotted.flag VALUE]...",
+        allow_abbrev=False,
+        description="Checks a finished run: every file by its checksum, counts, ids and schema; that the input is "
+        "still the one audited; and rows drawn at random, computed again in other batches and compared by column. "
+        "Exit code 1 where something is wrong.",
+        epilog="The run's own settings are taken. Those that say where things lie or run may be given anew, such as "
+        "--input.path, --lvlm.model, --lvlm.device; one that changes what is computed is refused. It runs in this "
+        "process, without Ray.",
+    )
+    add = parser.add_argument
+    add("out", metavar="OUT", help="the run's folder; it comes first")
+    add("--sample", type=int, default=100, help="rows to compute again; 0: check the files only (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    add(
+        "--most_differing",
+        type=float,
+        help="largest share of rows that may differ (default: 0 where all models are fp32, else 0.02)",
+    )
+    add("--judge", action="store_true", help="ask a judge behind an endpoint again")
+    add("--config", action="append", default=[], help="YAML with settings; may be given several times")
+    return parser
+
+
 def _rescore(words: Sequence[str]) -> int:
     from guardalign.rescore import rescore
 
@@ -334,6 +397,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "calibrate": _calibrate,
     "fit-casa": _fit_casa,
+    "verify": _verify,
     "rescore": _rescore,
     "show": _show,
 }

@@ -18,8 +18,10 @@ import io
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +36,8 @@ from guardalign.faults import reach
 from guardalign.schema import PLANNED, TIMED_STAGES, Trace, to_result, trace_of, with_columns
 
 RECEIPT_KEY = "guardalign.receipt"
+CHECKSUM = "checksum"
+"""Key of a JSON file's own checksum."""
 _SHARD_FILE = re.compile(r"shard-(\d{6}|[1-9]\d{6,})\.parquet")
 
 
@@ -81,6 +85,8 @@ class Receipt:
     """wall seconds by stage"""
     notes: list[str] = field(default_factory=list)
     """what the models had to say, once a worker"""
+    canaries: dict[str, list[float]] = field(default_factory=dict)
+    """what they said of the canaries, as loaded and after the shard; empty without self_check"""
     run_id: str = ""
     """the run that committed it"""
     sha256: str = ""
@@ -118,6 +124,7 @@ def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Re
         counters=dict(trace.counters),
         seconds=dict(trace.seconds),
         notes=list(trace.notes),
+        canaries={name: list(numbers) for name, numbers in trace.canaries.items()},
         run_id=run_id,
     )
 
@@ -181,7 +188,24 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file whole, or not at all."""
-        self.write(name, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        self.write(name, _json_bytes(content))
+
+    def write_sealed(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a JSON file that holds its own checksum, so that `is_intact` tells every changed byte of it."""
+        self.write_json(name, _sealed(content))
+
+    def is_intact(self, name: str) -> bool:
+        """Whether a JSON file is, byte for byte, what `write_sealed` wrote."""
+        try:
+            due = _json_bytes(_sealed(self.read_json(name)))
+        except UnicodeEncodeError:  # half a character: nothing that was ever written
+            return False
+        return bool(self.files.cat_file(self.path(name)) == due)
+
+    def checksums(self, *names: str) -> list[dict[str, str]]:
+        """The SHA-256 of these files of the run, as far as they are there."""
+        there = [name for name in names if self.exists(name)]
+        return [{"name": name, "sha256": sha256(self.files.cat_file(self.path(name)))} for name in there]
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file of the run."""
@@ -212,7 +236,8 @@ class RunFolder:
             return
         folder = Path(target).parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{Path(target).name}.{os.getpid()}.tmp"
+        # a lost node's worker may still write while its successor does, under the same process id in another container
+        temporary = folder / f".{Path(target).name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         with temporary.open("wb") as stream:
             half = len(content) // 2
             stream.write(content[:half])
@@ -225,6 +250,11 @@ class RunFolder:
         os.replace(temporary, target)
         reach("write.renamed")
         _flush_folder(folder)
+
+    def remove(self, name: str) -> None:
+        """Removes a file or folder of the run; one that is not there is as good as removed."""
+        with suppress(FileNotFoundError):
+            self.files.rm(self.path(name), recursive=True)
 
     def clear_temporary(self) -> int:
         """Removes what a killed process left half-written; returns the number of files removed."""
@@ -259,6 +289,21 @@ class RunFolder:
         """The result rows, shard by shard, in the shards' order."""
         for _, name in sorted(self.committed().items()):
             yield self.read_table(name, columns)
+
+
+def sha256(content: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with the SHA-256 of all the rest of it as its last entry."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    return rest | {CHECKSUM: sha256(_json_bytes(rest))}
 
 
 def _flush_folder(folder: Path) -> None:
