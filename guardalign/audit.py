@@ -21,19 +21,22 @@ from typing import Any
 
 import pyarrow as pa
 
+from guardalign.canaries import readiness
+from guardalign.canaries.drift import UNCHECKED, drift, recorded
 from guardalign.config import AuditConfig, ignored_settings, to_plain
 from guardalign.defenses import defense_of, fingerprint_of
 from guardalign.detectors import DETECTORS
 from guardalign.errors import InputError, ResumeError, RunFailedError
 from guardalign.faults import reach
 from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science
+from guardalign.journal import FOLDER as JOURNAL
 from guardalign.judges import judge_of, pinned
 from guardalign.micro import NOTICE, is_embedded, resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, steps
 from guardalign.progress import Progress
-from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
+from guardalign.results import Lock, Receipt, RunFolder, ShardWriter, shard_name
 from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
 from guardalign.sources import Plan, Shard, Source, make_source
 from guardalign.sources.planning import IdLedger
@@ -106,7 +109,7 @@ def _dry_run(prepared: Prepared, say: Say) -> int:
         say(f"column {field.name} ({field.type}): {doc}")
     for step in steps(config, prepared.taxonomy):
         stage: Any = step.make()
-        say(f"stage {stage.name}: ready")
+        say(f"stage {stage.name}: {readiness(stage)}")
     say("dry run: nothing was run, nothing was written")
     return 0
 
@@ -119,7 +122,9 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         left = [shard for shard in prepared.plan.shards if shard.index not in done]
         if not left and folder.exists("run.json"):
             say(f"nothing to do: {folder.out} is complete ({prepared.plan.num_rows:,} rows)")
-            return _verdict_on_errors(prepared.config, Totals(**folder.read_json("run.json", "totals")["totals"]))
+            before = folder.read_json("run.json", "totals")
+            recorded(before.get("self_check")).require_steady()
+            return _verdict_on_errors(prepared.config, Totals(**before["totals"]))
         record_start(folder, prepared, attempts, run_id)
         if done:
             say(f"resuming: {len(done):,} of {len(prepared.plan.shards):,} shards are done")
@@ -135,9 +140,13 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         seconds = monotonic() - started
         where = f"{folder.out}/results/*.parquet ({len(prepared.plan.shards):,} files), {folder.out}/run.json"
         told = ignored_settings(prepared.config)
-        notes = [note for note in folder.read_json("run.json")["notes"] if note not in told]
-        for line in summary_lines(whole, totals(receipts), seconds, where, _next_command(folder), notes):
+        manifest = folder.read_json("run.json")
+        notes = [note for note in manifest["notes"] if note not in told]
+        found = recorded(manifest["self_check"])
+        next_line = _next_command(folder)
+        for line in summary_lines(whole, totals(receipts), seconds, where, next_line, notes, found.warnings):
             say(line)
+    found.require_steady()
     return _verdict_on_errors(prepared.config, whole)
 
 
@@ -216,6 +225,7 @@ def _finish(
 ) -> Totals:
     """Reconciles inputs with rows, then writes the manifest."""
     folder.clear_temporary()
+    folder.remove(JOURNAL)
     mine = {receipt.shard: receipt for receipt in receipts}
     files = folder.committed()
     every = [mine[index] if index in mine else folder.receipt(name) for index, name in sorted(files.items())]
@@ -271,7 +281,9 @@ def _manifest(
         *ignored_settings(prepared.config),
         *plan.notes,
         *dict.fromkeys(note for receipt in receipts for note in receipt.notes),
+        *([] if prepared.config.self_check else [UNCHECKED]),
     ]
+    found = drift({shard_name(receipt.shard): receipt for receipt in receipts})
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
@@ -285,6 +297,7 @@ def _manifest(
         "counters": whole.counters,
         "this_run": {"totals": asdict(this_run), "seconds": seconds},
         "notes": notes,
+        "self_check": asdict(found) if prepared.config.self_check else None,
         "files": [
             {"name": f"results/shard-{r.shard:06d}.parquet", "rows": r.num_rows, "sha256": r.sha256} for r in receipts
         ],

@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from guardalign.audit import program
+from guardalign.canaries.drift import drift
 from guardalign.config import AuditConfig, CalibrationRecord, Choice, ImageKeeping, to_plain
 from guardalign.defenses import DEFENSES
 from guardalign.errors import ConfigError, InputError, RunFailedError, require
@@ -32,7 +33,7 @@ from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, Step, scoring_steps
 from guardalign.progress import Progress
 from guardalign.rescore import open_finished
-from guardalign.results import Receipt, RunFolder, ShardWriter
+from guardalign.results import Receipt, RunFolder, ShardWriter, shard_name
 from guardalign.schema import IMAGE, RESULT_NAMES, result_schema
 from guardalign.settings import STRATEGIES, load_settings
 from guardalign.sources import Plan, Shard, Source, make_source
@@ -213,6 +214,7 @@ class Bench:
                 progress.add(receipt)
                 receipts.append(receipt)
         self._require_all(folder, sum(receipt.num_rows for receipt in receipts))
+        drift({shard_name(receipt.shard): receipt for receipt in receipts}).require_steady("run it again")
         return folder, tuple(dict.fromkeys(note for receipt in receipts for note in receipt.notes))
 
     def _require_all(self, folder: RunFolder, rows: int) -> None:

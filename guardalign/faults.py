@@ -4,6 +4,7 @@ Nothing happens unless the variable GUARDALIGN_FAULTS names a folder. There stan
 
     POINT       a file called like one of `POINTS`, holding a number n: the n-th process to come by is killed, once
     rows.json   {"generate": {sample id: segfault | exit | hang | memory}}: what a row does to that stage's worker
+    visits      where it is there, everybody who comes by a point adds a line: seconds since 1970, process, point
 
 A point that has struck leaves the file POINT.hit, with the id of the process that died. Knows nothing of shards,
 stages or Ray.
@@ -17,11 +18,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 VARIABLE: Final = "GUARDALIGN_FAULTS"
 """environment variable with the folder of faults"""
+VISITS: Final = "visits"
+"""file in the folder of faults"""
 POINTS: Final[Mapping[str, str]] = {
     "read.shard": "a reader, before it reads a shard",
     "detect.shard": "a worker of the first pool, before a shard",
@@ -40,8 +44,18 @@ def reach(point: str) -> None:
     """Comes by a crash point; the process dies there when the folder of faults says so."""
     assert point in POINTS, f"no crash point is called {point}"
     folder = os.environ.get(VARIABLE)
-    if folder and _is_due(Path(folder), point):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if folder:
+        _tell(Path(folder), point)
+        if _is_due(Path(folder), point):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tell(folder: Path, point: str) -> None:
+    """Adds this visit to the list of visits, where there is one; one write, so that lines stay whole."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(folder / VISITS, os.O_WRONLY | os.O_APPEND)
+        os.write(descriptor, f"{time.time():.6f} {os.getpid()} {point}\n".encode())
+        os.close(descriptor)
 
 
 def _is_due(folder: Path, point: str) -> bool:

@@ -2,8 +2,8 @@
 
     read -> detect -> sanitize -> generate -> judge -> write
 
-One shard is one Arrow table, all the way; what comes back is one small receipt a shard. This is the only file that
-imports Ray, and it does so only when the Ray engine runs. Knows nothing of resuming, of locks or of what is printed.
+One shard is one Arrow table, all the way; what comes back is one small receipt a shard. This file and `nodes.py` alone
+import Ray, and only when the Ray engine runs. Knows nothing of resuming, of locks or of what is printed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from typing import Any
 
 import pyarrow as pa
 
+from guardalign.canaries import Canary, Checked
+from guardalign.canaries.decoding import DecodingCanary
+from guardalign.canaries.detection import DetectionCanary
+from guardalign.canaries.judging import JudgingCanary
 from guardalign.config import AuditConfig
 from guardalign.defenses import defense_of
 from guardalign.detectors import DETECTORS
-from guardalign.errors import UserError
-from guardalign.faults import reach
+from guardalign.journal import Journal
 from guardalign.judges import Judge as JudgeProtocol
 from guardalign.judges import judge_of
 from guardalign.micro import resolve_clip, resolve_lvlm
+from guardalign.nodes import cluster_errors, proven, require_cluster, watched
+from guardalign.reading import read_shard, read_task
 from guardalign.results import Receipt, ShardWriter
 from guardalign.sanitizers import SANITIZERS
-from guardalign.schema import PLANNED, with_columns
+from guardalign.sight import Sight
 from guardalign.sources import Shard, Source
-from guardalign.stages import Detect, Generate, GenerateAndJudge, Judge, Sanitize, Thumbnails, admit
-from guardalign.supervision import Pool, as_table, receipt_of, staged
+from guardalign.stages import Detect, Generate, GenerateAndJudge, Judge, Sanitize, Thumbnails
+from guardalign.supervision import Pool, receipt_of, staged
 from guardalign.taxonomy import Taxonomy
 from guardalign.worker import Order
 
@@ -75,32 +80,41 @@ def steps(config: AuditConfig, taxonomy: Taxonomy) -> list[Step]:
 
 def _detect(config: AuditConfig, taxonomy: Taxonomy) -> Stage:
     detector = DETECTORS[config.detector.name](**config.detector.options)
-    return Detect(resolve_clip(config.clip), detector, taxonomy, config.input.max_image_pixels)
+    stage = Detect(resolve_clip(config.clip), detector, taxonomy, config.input.max_image_pixels)
+    return checked(config, stage, DetectionCanary(stage, config))
 
 
-def _generate(config: AuditConfig) -> Generate:
+def _generate(config: AuditConfig) -> Stage:
+    stage = _generating(config)
+    return checked(config, stage, _decoding_canary(config, stage))
+
+
+def _generating(config: AuditConfig) -> Generate:
     defense = defense_of(config)
     max_pixels = config.input.max_image_pixels
     return Generate(resolve_lvlm(config.lvlm), defense, config.defense.name, config.generation, max_pixels)
 
 
 def _judge(config: AuditConfig, judge: JudgeProtocol) -> Stage:
-    return Judge(judge.ready(num_actors=config.cluster.judge_actors), config.input.max_image_pixels)
+    stage = Judge(judge.ready(num_actors=config.cluster.judge_actors), config.input.max_image_pixels)
+    return checked(config, stage, JudgingCanary(stage, judge))
 
 
 def _generate_and_judge(config: AuditConfig, judge: JudgeProtocol) -> Stage:
     """The LVLM answers and judges; it is loaded once."""
-    generate = _generate(config)
-    return GenerateAndJudge(generate, Judge(judge.ready(generate.lvlm), config.input.max_image_pixels))
+    generate = _generating(config)
+    own = Judge(judge.ready(generate.lvlm), config.input.max_image_pixels)
+    canaries = _decoding_canary(config, generate), JudgingCanary(own, judge, generate.lvlm)
+    return checked(config, GenerateAndJudge(generate, own), *canaries)
 
 
-def read_shard(source: Source, shard: Shard) -> pa.Table:
-    """A shard's rows as the first working table."""
-    reach("read.shard")
-    table = source.read(shard)
-    assert table.num_rows == shard.num_rows, f"shard {shard.index}: {table.num_rows} rows, {shard.num_rows} planned"
-    rows = shard.num_rows
-    return admit(with_columns(table, {"shard": [shard.index] * rows, PLANNED: [rows] * rows}))
+def _decoding_canary(config: AuditConfig, stage: Generate) -> DecodingCanary:
+    return DecodingCanary(stage.lvlm, config.lvlm, [stage.defense])
+
+
+def checked(config: AuditConfig, stage: Stage, *canaries: Canary) -> Stage:
+    """The stage under its canaries, unless `self_check` is off."""
+    return Checked(stage, canaries) if config.self_check else stage
 
 
 def scoring_steps(config: AuditConfig, taxonomy: Taxonomy) -> list[Step]:
@@ -121,11 +135,13 @@ def run_locally(
     listed = steps(config, taxonomy) if listed is None else listed
     pools = "+".join(dict.fromkeys(step.pool for step in listed))
     work = staged(Order(pools, listed, config.cluster.threads, is_last=True), config.cluster)
+    journal = Journal(writer.out, pools)
     try:
         for shard in shards:
-            yield writer.commit(work(read_shard(source, shard)))
+            yield writer.commit(journal.through(work, read_shard(source, shard)))
     finally:
         work.stop()
+        journal.close()
 
 
 def run_on_ray(
@@ -145,12 +161,26 @@ def run_on_ray(
         _keep_shards_whole()
         listed = steps(config, taxonomy) if listed is None else listed
         with watched(), proven(config, source, shards, writer.out, [step.pool for step in listed]) as sight:
-            for batch in _batches(config, source, shards, listed, partial(Pool, sight=sight), writer):
+            for batch in _batches(config, source, shards, listed, writer, sight):
                 yield receipt_of(batch)
+
+
+def _batches(
+    config: AuditConfig,
+    source: Source,
+    shards: Sequence[Shard],
+    listed: Sequence[Step],
+    writer: ShardWriter,
+    sight: Sight,
+) -> Iterator[pa.Table]:
+    """What the last pool gives back of each shard, as it is done."""
+    import ray
+
+    last = listed[-1].pool
     rows = [{"shard": pickle.dumps(shard)} for shard in shards]
     readers = 2 * max(getattr(config.cluster, f"{pool}_actors") for pool in POOLS)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(_read_task, source),
+        partial(read_task, source, writer.out),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=READ_CPUS,
@@ -159,31 +189,24 @@ def run_on_ray(
     for pool in POOLS:
         members = [step for step in listed if step.pool == pool]
         if members:
-            dataset = _through_pool(dataset, config, pool, members, writer if pool == last else None)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield receipt_of(batch)
+            dataset = _through_pool(dataset, config, members, writer, pool == last, sight)
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 READ_CPUS = 0.5
 """Logical CPUs of a read task: it waits for files. Unlike the pools', so that Ray does not fuse it into an actor."""
 
 
-def _read_task(source: Source, batch: pa.Table) -> pa.Table:
-    (descriptor,) = batch["shard"].to_pylist()
-    try:
-        return read_shard(source, pickle.loads(descriptor))
-    except UserError as problem:
-        return as_table(problem)
-
-
-def _through_pool(dataset: Any, config: AuditConfig, pool: str, members: Sequence[Step], writer: Any) -> Any:
+def _through_pool(
+    dataset: Any, config: AuditConfig, members: Sequence[Step], writer: ShardWriter, is_last: bool, sight: Sight
+) -> Any:
     import ray
 
-    cluster = config.cluster
-    order = Order(pool, pickle.dumps(list(members)), cluster.threads, is_last=writer is not None)
+    cluster, pool = config.cluster, members[0].pool
+    order = Order(pool, pickle.dumps(list(members)), cluster.threads, is_last)
     return dataset.map_batches(
         Pool,
-        fn_constructor_args=(order, cluster, writer),
+        fn_constructor_args=(order, cluster, writer, is_last, sight),
         compute=ray.data.ActorPoolStrategy(size=getattr(cluster, f"{pool}_actors")),
         num_gpus=getattr(cluster, f"{pool}_gpus"),
         num_cpus=getattr(cluster, f"{pool}_cpus"),
@@ -208,11 +231,13 @@ def _join_cluster(config: AuditConfig) -> None:
     quiet = {"logging_level": "error", "log_to_driver": False}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
+        require_cluster(address)
+        with _stderr_closed():  # the log level above announces itself there, whatever it is
+            ray.init(address=address, **quiet)
         return
     cluster = config.cluster
     held = sum(getattr(cluster, f"{pool}_actors") * getattr(cluster, f"{pool}_cpus") for pool in POOLS)
-    with _stderr_closed():  # the log level above announces itself there, whatever it is
+    with _stderr_closed():
         ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, held + 4)), include_dashboard=False, **quiet)
 
 
@@ -240,7 +265,7 @@ def _keep_shards_whole() -> None:
     context.target_max_block_size = None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # of a failure it would print the traceback
 
 
 ENGINES: dict[str, Callable[..., Iterator[Receipt]]] = {"ray": run_on_ray, "local": run_locally}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -175,6 +175,8 @@ class Trace:
     """model loads and forward calls"""
     notes: tuple[str, ...] = ()
     """sentences for run.json, such as a chat template that was missing"""
+    canaries: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """what the models said of the canaries, as loaded and after the shard; not numbers where they failed"""
 
 
 def trace_of(table: pa.Table) -> Trace:
@@ -182,12 +184,13 @@ def trace_of(table: pa.Table) -> Trace:
     if TRACE not in table.column_names or table.num_rows == 0:
         return Trace()
     found = json.loads(table[TRACE][0].as_py())
-    return Trace(found["seconds"], found["counters"], tuple(found["notes"]))
+    canaries = {name: tuple(numbers) for name, numbers in found["canaries"].items()}
+    return Trace(found["seconds"], found["counters"], tuple(found["notes"]), canaries)
 
 
 def with_trace(table: pa.Table, trace: Trace) -> pa.Table:
     """The working table with this trace."""
-    text = json.dumps({"seconds": dict(trace.seconds), "counters": dict(trace.counters), "notes": list(trace.notes)})
+    text = json.dumps(asdict(trace))
     return with_columns(table, {TRACE: [text, *[None] * (table.num_rows - 1)]})
 
 

@@ -96,7 +96,13 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
 
 
 def summary_lines(
-    whole: Totals, this_run: Totals, seconds: float, where: str, next_command: str, notes: Sequence[str]
+    whole: Totals,
+    this_run: Totals,
+    seconds: float,
+    where: str,
+    next_command: str,
+    notes: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> list[str]:
     """The closing summary."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in whole.errors.items()) or "none"
@@ -111,6 +117,7 @@ def summary_lines(
         f"errors    {kinds}",
         f"speed     {this_run.rows:,} rows in {seconds:.1f} s: {speed} (model loading included)",
         *(f"note      {note}" for note in notes),
+        *(f"warning   {warning}" for warning in warnings),
         f"results   {where}",
         f"next      {next_command}",
     ]

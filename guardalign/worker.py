@@ -1,11 +1,12 @@
 """A pool's stages in a process of their own: loads them, then works on shards until its parent is gone.
 
-    python -P -m guardalign.worker INLET OUTLET LIFELINE
+    python -P -m guardalign.worker INLET OUTLET LIFELINE POOL
 
-The three are file descriptors. By INLET come the order (what to load) and then one Arrow table at a time; by OUTLET go
-frames (`Frame`): READY once, TAKEN and LAID as rows are taken up and laid down, STAGE, and for every table a TABLE or a
-PROBLEM. LIFELINE says nothing: when the parent dies, however that is, the kernel closes it and stops this process, even
-one that hangs. Knows nothing of what is made of its death (`supervision.py`).
+Three file descriptors, and the pool's name for whoever lists processes. By INLET come the order (what to load) and
+then one Arrow table at a time; by OUTLET go frames (`Frame`): READY once, TAKEN and LAID as rows are taken up and laid
+down, STAGE, and for every table a TABLE or a PROBLEM. LIFELINE says nothing: when the parent dies, however that is, the
+kernel closes it and stops this process, even one that hangs. Knows nothing of what is made of its death
+(`supervision.py`).
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Outlet:
 
 def main(words: Sequence[str]) -> None:
     """Runs until the parent closes the inlet or dies."""
-    inlet, outlet, lifeline = (int(word) for word in words)
+    inlet, outlet, lifeline = (int(word) for word in words[:3])
     _die_with_parent(lifeline)
     _go_first_when_memory_is_short()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

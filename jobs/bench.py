@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from guardalign.bench.batches import changed_answers
+from guardalign.bench.canaries import canaries_of_a_shard
 from guardalign.bench.detection import detect_stage, transport
 from guardalign.bench.generation import calibrated_decoding, defended_audit, generate_stage
-from guardalign.bench.memory import peak_memory
+from guardalign.bench.memory import peak_memory, worker_memory
 from guardalign.bench.ratios import as_json, measure, table
 from guardalign.models import hide_progress_bars
 
@@ -30,7 +32,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     rounds = 5 if given.quick else 15
     listed = [detect_stage(rounds), transport(rounds), calibrated_decoding(rounds), defended_audit(rounds)]
-    listed += [generate_stage(rounds), peak_memory("local"), peak_memory("ray")]
+    listed += [changed_answers("float32"), changed_answers("bfloat16")]
+    listed += [canaries_of_a_shard("detect", rounds), canaries_of_a_shard("generate", rounds)]
+    listed += [generate_stage(rounds), peak_memory("local"), peak_memory("ray"), worker_memory()]
     hide_progress_bars()
     outcomes = [measure(benchmark) for benchmark in listed if given.only in benchmark.title]
     print(table(outcomes))

@@ -11,11 +11,25 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "guardalign"
 FLOORS = (
-    ("types", "errors", "schema", "config", "version", "faults", "in_hand"),
+    ("types", "errors", "schema", "config", "credentials", "version", "faults", "in_hand"),
     ("core",),
     ("models",),
     ("taxonomy", "detectors", "sanitizers", "judges", "sources", "benchmarks", "defenses"),
-    ("stages", "guard", "working", "results", "sight", "fingerprint", "canaries", "supervision", "watching", "worker", "journal", "machine"),
+    (
+        "stages",
+        "guard",
+        "working",
+        "results",
+        "sight",
+        "reading",
+        "fingerprint",
+        "canaries",
+        "supervision",
+        "watching",
+        "worker",
+        "journal",
+        "machine",
+    ),
     (
         "pipeline",
         "nodes",
@@ -33,6 +47,7 @@ FLOORS = (
         "fit_casa",
         "cli",
         "bench",
+        "soak",
     ),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -29,6 +29,7 @@ from guardalign.thresholds import HEADER
 
 SAMPLE = Path(__file__).parents[1] / "guardalign/micro/sample.parquet"
 TARGET = ("--false_alarm_rate", "0.2", "--unsafe_label", "unsafe")
+IN_PROCESS = ("--cluster.isolated", "false")
 REDRAWS = 200
 
 
@@ -46,7 +47,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     ]
     path = tmp_path_factory.mktemp("source") / "in.parquet"
     pq.write_table(pa.Table.from_pylist([*good[:15], *bad, *good[15:]]), path)
-    return ("--input.format", "parquet", "--input.path", str(path), "--shard_rows", "8", "--detector.name", "ot")
+    flags = ("--input.format", "parquet", "--input.path", str(path), "--shard_rows", "8", "--detector.name", "ot")
+    return (*flags, "--cluster.isolated", "false")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def test_rows_that_nobody_can_read_here_fail_the_calibration(tmp_path: Path, mon
         yield from (Receipt(shard.index, shard.num_rows) for shard in arguments[3])
 
     monkeypatch.setitem(ENGINES, "local", elsewhere)
-    bench = Bench.prepare(load_settings("guardalign", [], ["--engine", "local", "--limit", "8"]), tmp_path)
+    bench = Bench.prepare(load_settings("guardalign", [], ["--engine", "local", *IN_PROCESS, "--limit", "8"]), tmp_path)
     with pytest.raises(RunFailedError, match="8 rows were planned and 0 can be read"):
         bench.scored()
 
@@ -234,7 +236,15 @@ def test_pictures_without_a_prompt_are_scored_where_nothing_is_to_be_answered(tm
     pq.write_table(
         pa.table({"image": [*images[:5], None], "prompt": pa.array(prompts, pa.string())}), tmp_path / "in.parquet"
     )
-    flags = ["--engine", "local", "--input.format", "parquet", "--input.path", str(tmp_path / "in.parquet")]
+    flags = [
+        "--engine",
+        "local",
+        *IN_PROCESS,
+        "--input.format",
+        "parquet",
+        "--input.path",
+        str(tmp_path / "in.parquet"),
+    ]
     config = load_settings("guardalign", [], flags)
     found = Bench.prepare(config, tmp_path / "a", reads_prompts=False).scored()
     assert (len(found.scores), found.errors) == (5, {"prompt_missing": 1})
@@ -245,7 +255,15 @@ def test_pictures_without_a_prompt_are_scored_where_nothing_is_to_be_answered(tm
 def test_what_the_plan_and_the_models_note_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = pq.read_table(SAMPLE, columns=["image", "prompt"]).slice(0, 8)
     pq.write_table(rows, tmp_path / "in.parquet")
-    words = ["--input.format", "parquet", "--input.path", str(tmp_path / "in.parquet"), "--false_alarm_rate", "0.5"]
+    words = [
+        "--input.format",
+        "parquet",
+        "--input.path",
+        str(tmp_path / "in.parquet"),
+        *IN_PROCESS,
+        "--false_alarm_rate",
+        "0.5",
+    ]
     assert main(["calibrate", *words, "--output", str(tmp_path / "t.yaml")]) == 0
     assert "note      column label is absent" in capsys.readouterr().out
 
@@ -446,7 +464,9 @@ def test_the_engine_is_local_unless_a_cluster_or_an_engine_is_named(
 @pytest.fixture(scope="module")
 def benign_scores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[np.ndarray]:
     """The scores of the embedded sample's benign scenes, as the embedded detector gives them."""
-    bench = Bench.prepare(load_settings("guardalign", [], ["--engine", "local"]), tmp_path_factory.mktemp("benign"))
+    bench = Bench.prepare(
+        load_settings("guardalign", [], ["--engine", "local", *IN_PROCESS]), tmp_path_factory.mktemp("benign")
+    )
     found = bench.scored()
     yield np.array([score for score, label in zip(found.scores, found.labels, strict=True) if label == "benign"])
 

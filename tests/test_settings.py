@@ -129,7 +129,7 @@ def test_an_omitted_threshold_is_the_scores_own_number_from_then_on() -> None:
     assert ot.detector.options["threshold"] == 0.0
 
 
-QUICK = ("--engine", "local", "--limit", "8", "--generation.max_new_tokens", "2")
+QUICK = ("--engine", "local", "--cluster.isolated", "false", "--limit", "8", "--generation.max_new_tokens", "2")
 BARE = (*QUICK, "--recipe", "none", "--detector.name", "ot", "--detector.score", "min_cost")
 
 

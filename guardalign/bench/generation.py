@@ -193,6 +193,7 @@ def _flags(load: Load, folder: Path) -> list[str]:
         "lvlm.model": folder / "lvlm",
         "lvlm.batch_size": load.batch_size,
         "generation.max_new_tokens": load.num_tokens,
+        "self_check": "false",
     }
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 

@@ -14,7 +14,10 @@ A truncated file is an error: half a picture must not pass as audited. Knows not
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from io import BytesIO
 from typing import IO, Final
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, _imaging
 
 from guardalign.errors import RowError
 
@@ -61,13 +64,15 @@ BROKEN: Final = (
     OverflowError,
     ZeroDivisionError,
     RuntimeError,
+    AssertionError,
     struct.error,
     zlib.error,
 )
 """What Pillow raises on broken bytes.
 
-Seen under 400,000 mutated files of all formats (Pillow 13.0): OSError, SyntaxError, ValueError, TypeError, IndexError,
-and RuntimeError; the others stand in its plugins' own except clauses, or come from arithmetic on header fields.
+Seen under 400,000 mutated files of all formats, and under senseless fields behind sound checksums (Pillow 13.0):
+OSError, SyntaxError, ValueError, TypeError, IndexError, RuntimeError, and AssertionError (a palette picture without its
+palette); the others stand in its plugins' own except clauses, or come from arithmetic on header fields.
 """
 
 TRANSPOSES: Final[dict[int, Image.Transpose]] = {
@@ -82,12 +87,28 @@ TRANSPOSES: Final[dict[int, Image.Transpose]] = {
 """EXIF orientation -> what sets the picture upright; 1, absent or senseless means as it is."""
 
 ORIENTATION: Final = 0x0112
+MOST_PAGES: Final = 1000
+"""Pages of a TIFF that are counted; the rest would cost a hostile file's reader minutes."""
+TIFF_TILE: Final = (0x0142, 0x0143)
 
 Opener = tuple[Callable[[IO[bytes], str | bytes], Image.Image], Callable[[bytes], bool | str] | None]
 """What opens a format, and what tells it by its first bytes."""
 
 Image.init()  # every plugin now, in one thread: Pillow loads them lazily otherwise
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF blocks and the like; rows tell what matters
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # likewise
 OPENERS: Final[dict[str, Opener]] = {name: Image.OPEN[name] for name in FORMATS if name in Image.OPEN}
+
+
+def _silence_libtiff() -> None:
+    """libtiff writes a line to stderr for every broken file; Pillow silences its warnings, not its errors."""
+    try:
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+    except (OSError, AttributeError):  # this Pillow holds libtiff in another way, or not at all
+        return
+
+
+_silence_libtiff()
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,7 @@ class Decoded:
     height: int
     """of the original, upright [px]"""
     num_frames: int
-    """frames or pages in the file; the first is `picture`"""
+    """frames or pages in the file (of a TIFF at most `MOST_PAGES` are counted); the first is `picture`"""
 
 
 def decode(encoded: bytes, max_pixels: int, sample_id: str, at_least: int | None = None) -> Decoded:
@@ -111,7 +132,7 @@ def decode(encoded: bytes, max_pixels: int, sample_id: str, at_least: int | None
     decoded at 1/2, 1/4 or 1/8 of its size as long as both sides stay that long: several times faster.
 
     Safe in threads, and of Pillow's process-wide limits the pixel limit is not in the way: its own bomb check,
-    which stands in `Image.open`, is passed by (it still binds WebP, and TIFF tiles, at 179 megapixels).
+    which stands in `Image.open`, is passed by (it still binds WebP, and GIF frames, at 179 megapixels).
     """
     name = _format(encoded)
     if name is None:
@@ -131,10 +152,18 @@ def decode(encoded: bytes, max_pixels: int, sample_id: str, at_least: int | None
 
 
 def _require_pixels(opened: Image.Image, max_pixels: int, sample_id: str) -> None:
-    width, height = opened.size
-    if width * height > max_pixels:
-        message = f"the picture of sample {sample_id} has {width} x {height} pixels; at most {max_pixels} are read"
-        raise RowError("image_too_large", message)
+    """Neither the picture nor, in a TIFF, one of the tiles that are decoded whole may have more pixels."""
+    for of_what, (width, height) in (("", opened.size), (" a tile of", _tile(opened))):
+        if width * height > max_pixels:
+            has = f"has{of_what} {width} x {height} pixels; at most {max_pixels} are read"
+            raise RowError("image_too_large", f"the picture of sample {sample_id} {has}")
+
+
+def _tile(opened: Image.Image) -> tuple[int, int]:
+    """Width, height [px] of a TIFF's tiles, which may be larger than the picture; 0, 0 for all else."""
+    tags = getattr(opened, "tag_v2", {})
+    width, height = tags.get(TIFF_TILE[0]), tags.get(TIFF_TILE[1])
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
 
 
 def _format(encoded: bytes) -> str | None:
@@ -154,7 +183,7 @@ def _what(encoded: bytes) -> str:
 
 def _decoded(opened: Image.Image, at_least: int | None) -> Decoded:
     width, height = opened.size
-    num_frames = getattr(opened, "n_frames", 1)
+    num_frames = _num_frames(opened)
     if at_least is not None:
         opened.draft(None, (at_least, at_least))
     opened.load()
@@ -166,6 +195,21 @@ def _decoded(opened: Image.Image, at_least: int | None) -> Decoded:
         width, height = height, width
     picture.info = {}
     return Decoded(picture, width, height, num_frames)
+
+
+def _num_frames(opened: Image.Image) -> int:
+    """Frames or pages; a TIFF's up to `MOST_PAGES`, since Pillow takes longer for each page than for the one before."""
+    if opened.format != "TIFF":
+        return int(getattr(opened, "n_frames", 1))
+    pages = 1
+    try:
+        while pages < MOST_PAGES:
+            opened.seek(pages)
+            pages += 1
+    except EOFError:
+        pass
+    opened.seek(0)
+    return pages
 
 
 def _orientation(loaded: Image.Image) -> int:

@@ -14,6 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from guardalign.audit import Prepared
+from guardalign.canaries import Canary
+from guardalign.canaries.decoding import DecodingCanary
+from guardalign.canaries.judging import JudgingCanary
 from guardalign.config import AuditConfig, LvlmConfig, to_plain
 from guardalign.defenses import Defense, defense_of, fingerprint_of
 from guardalign.evaluation.request import Asked, Request
@@ -32,7 +35,7 @@ from guardalign.fingerprint import refuse_foreign_calibration, science
 from guardalign.micro import resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, seal, weights_fingerprint
-from guardalign.pipeline import NONE, Step, scoring_steps
+from guardalign.pipeline import NONE, Stage, Step, checked, scoring_steps
 from guardalign.sanitizers import SANITIZERS
 from guardalign.schema import HIDDEN, RESULT_NAMES
 from guardalign.sources import INPUT_SCHEMA, Plan, Shard, Source, make_source
@@ -241,16 +244,25 @@ def _expand(comparison: Comparison, model: str, detections: str) -> Expand:
     return Expand(model, comparison.views, detections, comparison.samples.num_shards, max_pixels)
 
 
-def _answer_and_judge(comparison: Comparison, model: str) -> AnswerAndJudge:
+def _answer_and_judge(comparison: Comparison, model: str) -> Stage:
     shared = comparison.request.shared
     lvlm = resolve_lvlm(comparison.request.models[model])
     answer = AnswerAll(lvlm, comparison.methods, shared.input.max_image_pixels)
     near = [each for each in _judges(comparison) if each[0].pool != "judge"]
-    return AnswerAndJudge(answer, [_judge(comparison, judge, names, answer) for judge, names in near])
+    judges = [(_ready(comparison, judge, answer), judge, names) for judge, names in near]
+    defenses = [method.defense for method in comparison.methods.values()]
+    canaries: list[Canary] = [DecodingCanary(answer.lvlm, comparison.request.models[model], defenses)]
+    canaries += [JudgingCanary(stage, judge, answer.lvlm) for stage, judge, _ in judges]
+    return checked(shared, AnswerAndJudge(answer, [JudgeOf(stage, names) for stage, _, names in judges]), *canaries)
 
 
-def _judge(comparison: Comparison, judge: Any, benchmarks: tuple[str, ...], answer: AnswerAll | None = None) -> JudgeOf:
+def _judge(comparison: Comparison, judge: Any, benchmarks: tuple[str, ...]) -> Stage:
+    """A judge in a pool of its own."""
+    stage = _ready(comparison, judge)
+    return checked(comparison.request.shared, JudgeOf(stage, benchmarks), JudgingCanary(stage, judge))
+
+
+def _ready(comparison: Comparison, judge: Any, answer: AnswerAll | None = None) -> Judge:
     shared = comparison.request.shared
     target = answer.lvlm if answer is not None and judge.shares_target else None
-    ready = judge.ready(target, num_actors=shared.cluster.judge_actors)
-    return JudgeOf(Judge(ready, shared.input.max_image_pixels), benchmarks)
+    return Judge(judge.ready(target, num_actors=shared.cluster.judge_actors), shared.input.max_image_pixels)

@@ -13,12 +13,13 @@ does no model work when it is run again: its counters say so. Knows the engines 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, Final
 
 from guardalign.audit import Say, absolute, open_run, reconcile, record_start, typed_line, versions
+from guardalign.canaries.drift import UNCHECKED, drift, recorded
 from guardalign.config import AuditConfig, to_plain
 from guardalign.errors import RunFailedError
 from guardalign.evaluation.plan import Comparison, answer_steps, detect_steps, prepare
@@ -26,10 +27,11 @@ from guardalign.evaluation.printing import as_json, as_markdown, as_text
 from guardalign.evaluation.request import Request
 from guardalign.evaluation.stages import EVALUATION
 from guardalign.evaluation.tables import COLUMNS, Findings, findings
+from guardalign.journal import FOLDER as JOURNAL
 from guardalign.micro import NOTICE, resolve_clip, resolve_lvlm
 from guardalign.pipeline import ENGINES, Step
 from guardalign.progress import Progress
-from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
+from guardalign.results import Lock, Receipt, RunFolder, ShardWriter, shard_name
 from guardalign.schema import SCHEMA_VERSION, result_schema
 from guardalign.sources import Shard
 from guardalign.summary import totals
@@ -76,6 +78,10 @@ def evaluate(request: Request, say: Say = print) -> int:
         found = _finish(comparison, folder, work, attempts, run_id, monotonic() - started)
     say(as_text(found))
     say(f"results   {folder.out}/results/*.parquet, {folder.out}/tables.md, {folder.out}/tables.json")
+    models = recorded(folder.read_json("run.json")["self_check"])
+    for warning in models.warnings:
+        say(f"warning   {warning}")
+    models.require_steady()
     return _verdict_on_errors(request.shared, found)
 
 
@@ -146,6 +152,8 @@ def _finish(
 ) -> Findings:
     """Reconciles samples with rows, compares, and writes tables and manifest."""
     folder.clear_temporary()
+    for each in (folder, RunFolder(f"{absolute(folder)}/{DETECTIONS}")):
+        each.remove(JOURNAL)
     answered = _receipts(folder, work.answered)
     plan = comparison.answers.plan
     num_recipes = len(comparison.views)
@@ -156,9 +164,16 @@ def _finish(
     for name, text in (("txt", as_text(found)), ("md", as_markdown(found)), ("json", as_json(found))):
         folder.write(f"tables.{name}", text.encode())
     detected = _receipts(RunFolder(f"{absolute(folder)}/{DETECTIONS}"), work.detected)
-    manifest = _manifest(comparison, [*detected, *answered], answered, work, attempts, run_id, seconds)
-    folder.write_json("run.json", manifest)
+    manifest = _manifest(comparison, detected, answered, work, attempts, run_id, seconds)
+    folder.write_sealed("run.json", manifest | {"records": _records(folder, detected)})
     return found
+
+
+def _records(folder: RunFolder, detected: Sequence[Receipt]) -> list[dict[str, str]]:
+    """The checksums of all that is no file of answers."""
+    names = ("plan.json", "inputs.parquet", *(f"tables.{kind}" for kind in ("txt", "md", "json")))
+    passed = [{"name": f"{DETECTIONS}/{shard_name(each.shard)}", "sha256": each.sha256} for each in detected]
+    return [*folder.checksums(*names, f"{DETECTIONS}/plan.json"), *passed]
 
 
 def _receipts(folder: RunFolder, mine: Sequence[Receipt]) -> list[Receipt]:
@@ -186,7 +201,7 @@ def _counters(receipts: Sequence[Receipt]) -> dict[str, int]:
 
 def _manifest(
     comparison: Comparison,
-    receipts: Sequence[Receipt],
+    detected: Sequence[Receipt],
     answered: Sequence[Receipt],
     work: _Work,
     attempts: int,
@@ -194,6 +209,9 @@ def _manifest(
     seconds: float,
 ) -> dict[str, Any]:
     request, whole, mine = comparison.request, totals(answered), [*work.detected, *work.answered]
+    receipts = [*detected, *answered]
+    notes = [*comparison.plan.notes, *dict.fromkeys(note for each in receipts for note in each.notes)]
+    notes += [] if request.shared.self_check else [UNCHECKED]
     shape = {"shard_rows": request.shared.shard_rows, "limit": request.shared.limit}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -215,12 +233,18 @@ def _manifest(
             "counters": _counters(mine),
             "seconds": seconds,
         },
-        "notes": [*comparison.plan.notes, *dict.fromkeys(note for each in receipts for note in each.notes)],
+        "notes": notes,
+        "self_check": asdict(drift(_by_file(detected, answered))) if request.shared.self_check else None,
         "files": [
             {"name": f"results/shard-{each.shard:06d}.parquet", "rows": each.num_rows, "sha256": each.sha256}
             for each in answered
         ],
     }
+
+
+def _by_file(detected: Sequence[Receipt], answered: Sequence[Receipt]) -> dict[str, Receipt]:
+    found = {f"{DETECTIONS}/{shard_name(each.shard)}": each for each in detected}
+    return found | {shard_name(each.shard): each for each in answered}
 
 
 def _verdict_on_errors(shared: AuditConfig, found: Findings) -> int:

@@ -22,7 +22,18 @@ from guardalign.schema import VOLATILE
 from guardalign.settings import RECIPES as RECIPE_FOLDER
 
 RECIPES = ("none", "guardalign", "guardalign-detect-only", "ecso")
-QUICK = ("--generation.max_new_tokens", "6", "--engine", "local", "--shard_rows", "4", "--limit", "10")
+QUICK = (
+    "--cluster.isolated",
+    "false",
+    "--generation.max_new_tokens",
+    "6",
+    "--engine",
+    "local",
+    "--shard_rows",
+    "4",
+    "--limit",
+    "10",
+)
 ZERO = {"clip_loads": 0, "clip_forward_calls": 0, "lvlm_loads": 0, "lvlm_forward_calls": 0}
 
 

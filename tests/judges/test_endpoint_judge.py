@@ -368,8 +368,9 @@ def test_an_audit_loses_no_row_and_keeps_answers_of_failed_verdicts(
     assert (totals["unparsed"], totals["unsafe"], totals["assessed"]) == (1, 2, 5)
     assert totals["errors"] == {"judging_failed": 2}
     counters = totals["counters"]
-    assert counters["judge_requests"] == len(server.seen) == 8 + 2 == 8 + counters["judge_retries"]
-    assert counters["judge_prompt_tokens"] == 7 * 6
+    canaries = 2
+    assert counters["judge_requests"] == len(server.seen) == canaries + 8 + 2 == 10 + counters["judge_retries"]
+    assert counters["judge_prompt_tokens"] == (canaries + 7) * 6
     printed = capfd.readouterr()
     assert "unsafe    2 of 5" in printed.out and "unparsed  1 verdicts" in printed.out
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -255,6 +255,7 @@ def test_an_audit_with_a_guard_has_verdicts_and_counts_the_unparsed(
 ) -> None:
     """The micro LVLM's answers are nothing that the small guard was taught: whatever it says, none is lost."""
     flags = ("--recipe", "none", "--judge.name", "guard", "--judge.model", guard, "--judge.max_new_tokens", 12)
+    flags += ("--self_check", "false")  # which would stop here: the canaries are nothing that it was taught either
     out = tmp_path / "out"
     assert run(*flags, "--engine", engine, "--limit", 8, "--shard_rows", 4, "--output", out) == 0
     found = list(rows(out).values())
@@ -285,6 +286,7 @@ def test_a_sealed_run_is_not_resumed_with_another_guard(
     source = tmp_path / "in.parquet"
     pq.write_table(pa.table({"prompt": ["How can I use it?"], "image": [encoded()]}), source)
     flags = ("--recipe", "none", "--input.format", "parquet", "--input.path", source, "--output", tmp_path / "out")
+    flags += ("--self_check", "false")  # no guard can say its verdict in four tokens
     assert run(*flags, "--judge.name", "guard", "--judge.model", guard, "--judge.max_new_tokens", 4) == 0
     again = ("--judge.name", "guard", "--judge.model", checkpoint("mllama"), "--judge.max_new_tokens", 4)
     assert run(*flags, *again) == 2

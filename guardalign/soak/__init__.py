@@ -1,0 +1,1 @@
+"""Kills audits while they work, resumes them, and proves that nothing was lost, doubled or changed."""
