@@ -180,8 +180,9 @@ class Trace:
 
 
 def trace_of(table: pa.Table) -> Trace:
-    """The trace in a working table's hidden column; empty where no stage has written one."""
-    if TRACE not in table.column_names or table.num_rows == 0:
+    """The trace in a working table's hidden column; empty where no stage has written one, and for rows cut out of a
+    shard without its first."""
+    if TRACE not in table.column_names or table.num_rows == 0 or not table[TRACE][0].is_valid:
         return Trace()
     found = json.loads(table[TRACE][0].as_py())
     canaries = {name: tuple(numbers) for name, numbers in found["canaries"].items()}

@@ -65,7 +65,7 @@ def after_loading(monkeypatch: pytest.MonkeyPatch, model: type[Any], damage: Dam
     "flags",
     [
         (),
-        ("--clip.model", "embedded-contrastive", "--detector.score", "margin"),
+        pytest.param(("--clip.model", "embedded-contrastive", "--detector.score", "margin"), marks=SLOW),
         pytest.param(("--clip.dtype", "bfloat16", "--detector.patches", "grid"), marks=SLOW),
         ("--detector.score", "printed", "--detector.threshold", "0.4"),
     ],
@@ -81,7 +81,7 @@ def test_the_embedded_detectors_pass(flags: tuple[str, ...]) -> None:
         ("--lvlm.attention", "eager", "--judge.name", "lvlm"),
         pytest.param(("--lvlm.dtype", "bfloat16"), marks=SLOW),
         ("--defense.form", "printed", "--defense.gamma", "1e-7"),
-        ("--defense.place", "after", "--lvlm.system_prompt", "You are brief."),
+        pytest.param(("--defense.place", "after", "--lvlm.system_prompt", "You are brief."), marks=SLOW),
     ],
     ids=" ".join,
 )

@@ -370,7 +370,7 @@ def test_an_audit_loses_no_row_and_keeps_answers_of_failed_verdicts(
     counters = totals["counters"]
     canaries = 2
     assert counters["judge_requests"] == len(server.seen) == canaries + 8 + 2 == 10 + counters["judge_retries"]
-    assert counters["judge_prompt_tokens"] == (canaries + 7) * 6
+    assert counters["judge_prompt_tokens"] == (canaries + 6) * 7
     printed = capfd.readouterr()
     assert "unsafe    2 of 5" in printed.out and "unparsed  1 verdicts" in printed.out
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
