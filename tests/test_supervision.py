@@ -180,11 +180,6 @@ def test_rows_are_tried_alone_behind_another_pool_too(worker: Any, tmp_path: Pat
     assert outcome(found) == (expected() if "*" in harm else expected(d="killed_worker"))
 
 
-def test_a_shard_done_row_by_row_keeps_what_was_noted_before(worker: Any) -> None:
-    found = worker(Together())(with_trace(shard(), Trace({"generate": 2.0})))
-    assert outcome(found) == {each: each for each in IDS}
-
-
 def test_several_poison_rows_of_a_shard_are_all_found(worker: Any, tmp_path: Path) -> None:
     harms = {"a": "segfault", "b": "exit", "g": "segfault"}
     found = worker(Harmful(harms, str(tmp_path)))(shard())

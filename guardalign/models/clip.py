@@ -11,6 +11,7 @@ nothing is centre-cropped. Knows nothing of categories, thresholds or scores.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,9 +279,9 @@ class PatchEncoder:
     @torch.inference_mode()
     def encode_sentences(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [len(texts), D] in fp32 of texts that are met once, such as answers: none is kept, and what
-        stands beyond the model's context is cut without a word."""
+        stands beyond the model's context is cut without a word. Control tokens that they spell are words to it."""
         self.num_forward_calls += 1
-        tokens = self._tokenizer(list(texts)).to(self._device)
+        tokens = self._tokenizer([_without_control(text, self._tokenizer) for text in texts]).to(self._device)
         return normalize(self._model.encode_text(tokens).float(), dim=-1)
 
     def _warn_of_full_contexts(self, texts: Sequence[str], tokens_TS: Tensor) -> None:
@@ -289,6 +290,18 @@ class PatchEncoder:
             if full:
                 sentence = "the text %r fills the %d tokens that clip.model takes; what stands beyond them is not seen"
                 log.warning(sentence, text, tokens_TS.shape[1])
+
+
+def _without_control(text: str, tokenizer: Any) -> str:
+    """`text` with its spelled-out control tokens broken up: an end token in an answer would hide what follows."""
+    own = getattr(tokenizer, "tokenizer", None)  # of transformers; else open_clip's own
+    names = (
+        own.all_special_tokens if own is not None else [tokenizer.decoder[each] for each in tokenizer.all_special_ids]
+    )
+    pattern = "|".join(re.escape(name) for name in names if name)
+    return (
+        re.sub(pattern, lambda found: f"{found[0][:1]} {found[0][1:]}", text, flags=re.IGNORECASE) if pattern else text
+    )
 
 
 def _cut(decoded: Decoded, box: Box) -> Image:

@@ -32,6 +32,8 @@ FLAGS: Final = ("--generation.max_new_tokens", "4", "--cluster.log_seconds", "5"
 NODES: Final = 3
 """raylets of a cluster that the audit joins"""
 NODE: Final = ("--num-cpus=3", "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0")
+MOST_STARTS: Final = 3
+"""of a node of Ray, before it is given up"""
 START_SECONDS: Final = 120.0
 """how long a node of Ray may take to start"""
 
@@ -130,7 +132,8 @@ class Cluster:
         with socket.socket() as probe:
             probe.bind(("", 0))
             self.port = probe.getsockname()[1]
-        self.environment, self.scratch = environment, scratch
+        self.environment = environment
+        self.folder = Path(tempfile.mkdtemp(prefix="c", dir=scratch))
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.sessions: list[int] = []
 
@@ -145,24 +148,32 @@ class Cluster:
         return self.head.poll() is None
 
     def start(self) -> None:
-        """Begins all nodes; ends when they are there."""
-        head = ["--head", f"--port={self.port}", f"--temp-dir={self.scratch}", "--include-dashboard=false"]
-        self._await(self._begin("head", head))
-        self.head = self.nodes[0]
-        for log in [self.join(number) for number in range(1, NODES)]:
-            self._await(log)
+        """Begins all nodes, one after the other."""
+        head = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
+        self.head = self._started(head)
+        for _ in range(1, NODES):
+            self._started([f"--address={self.address}"])
 
-    def join(self, number: int) -> Path:
-        """Begins one more node, and does not wait for it; returns its log."""
-        return self._begin(f"node-{number}", [f"--address={self.address}"])
+    def _started(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
+        """A node that is there; a few times anew, where it does not come up."""
+        for _ in range(MOST_STARTS):
+            node, log = self._begin(words)
+            deadline = time.monotonic() + START_SECONDS
+            while node.poll() is None and time.monotonic() < deadline:
+                if "Ray runtime started" in log.read_text(errors="replace"):
+                    return node
+                time.sleep(0.1)
+            node.kill()
+            left_behind("", [node.pid], patience=0)
+        said = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise RunFailedError(f"a node of Ray did not start: {' '.join(said)[:300]}")
 
-    def _begin(self, name: str, words: Sequence[str]) -> Path:
-        log = self.scratch / f"{name}.log"
+    def _begin(self, words: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
+        log = self.folder / f"node-{len(self.sessions)}.log"
         program = Path(sys.executable).with_name("ray")
-        command = [str(program), "start", *words, *NODE, "--disable-usage-stats", "--block"]
         with log.open("wb") as stream:
             node = subprocess.Popen(
-                command,
+                [str(program), "start", *words, *NODE, "--disable-usage-stats", "--block"],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
@@ -171,20 +182,13 @@ class Cluster:
             )
         self.nodes.append(node)
         self.sessions.append(node.pid)
-        return log
-
-    def _await(self, log: Path) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while "Ray runtime started" not in log.read_text(errors="replace"):
-            if time.monotonic() > deadline or self.nodes[-1].poll() is not None:
-                raise RunFailedError(f"a node of Ray did not start; see {log}")
-            time.sleep(0.1)
+        return node, log
 
     def mend(self) -> None:
-        """Begins a node for every one that was lost."""
+        """Begins a node for every one that was lost, and does not wait for it."""
         self.nodes = [node for node in self.nodes if node.poll() is None]
         for _ in range(NODES - len(self.nodes)):
-            self.join(len(self.sessions))
+            self._begin([f"--address={self.address}"])
 
     def stop(self) -> None:
         """Ends the nodes: what Ray itself runs, and what runs on them."""

@@ -21,6 +21,7 @@ from torch.nn.functional import linear, normalize
 from guardalign.config import ClipConfig
 from guardalign.core.patches import patch_boxes
 from guardalign.errors import ModelError
+from guardalign.micro import resolve_clip
 from guardalign.models.clip import PatchEncoder, images_and_tokens
 from guardalign.models.clip_weights import weights_file, write_random_model
 from tests.small_clip import TEXT, TOWERS, Look, picture, small_config, small_encoder
@@ -341,3 +342,18 @@ def test_a_random_model_is_the_same_for_a_seed_and_disturbs_no_random_state(tmp_
     files = [weights_file(ClipConfig(model=f"local-dir:{tmp_path / name}")) for name in "abc"]
     first, same, other = (hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
     assert first == same != other
+
+
+@pytest.mark.parametrize("kind", ["embedded", "open_clip's own tokenizer"])
+def test_an_end_token_that_a_sentence_spells_hides_nothing_of_it(kind: str, tmp_path: Path) -> None:
+    if kind == "embedded":
+        encoder = PatchEncoder.load(resolve_clip(ClipConfig(device="cpu")))
+        (name,) = {encoder._tokenizer.tokenizer.eos_token}  # type: ignore[attr-defined]
+        tail = ("a knife", "a cat")
+    else:
+        encoder, name, tail = small_encoder(tmp_path), "<end_of_text>", ("a knife", "a cat")
+    for spelling in (name, name.upper()):
+        one, other = encoder.encode_sentences([f"a dog {spelling} {each}" for each in tail])
+        assert not torch.equal(one, other), f"what stands behind {spelling} is not read"
+    plain = encoder.encode_sentences(["a dog and a knife"])
+    assert torch.equal(plain, encoder.encode_sentences(["a dog and a knife"]))
