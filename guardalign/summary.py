@@ -115,6 +115,7 @@ def summary_lines(
         *_verdict_lines(whole),
         *_label_lines(whole.labels),
         f"errors    {kinds}",
+        *_death_lines(whole),
         f"speed     {this_run.rows:,} rows in {seconds:.1f} s: {speed} (model loading included)",
         *(f"note      {note}" for note in notes),
         *(f"warning   {warning}" for warning in warnings),
@@ -128,6 +129,12 @@ def _verdict_lines(whole: Totals) -> Iterator[str]:
     if whole.assessed or whole.unparsed:
         yield f"unsafe    {rate(whole.unsafe, whole.assessed)}"
         yield f"unparsed  {whole.unparsed:,} verdicts: neither safe nor unsafe"
+
+
+def _death_lines(whole: Totals) -> Iterator[str]:
+    """Only where a worker died: its row is among the errors, unless it was somebody from outside."""
+    if deaths := whole.counters.get("worker_deaths", 0):
+        yield f"workers   {deaths:,} died or were stopped, and were begun again"
 
 
 def _label_lines(labels: Mapping[str, Mapping[str, int]]) -> Iterator[str]:

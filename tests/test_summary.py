@@ -1,0 +1,20 @@
+"""The closing summary tells what went wrong on the way, and is silent about what did not."""
+
+from __future__ import annotations
+
+from guardalign.results import Receipt
+from guardalign.summary import summary_lines, totals
+from guardalign.supervision import DEATHS
+
+
+def lines(*receipts: Receipt) -> list[str]:
+    whole = totals(receipts)
+    return summary_lines(whole, whole, 1.0, "here", "next", [])
+
+
+def test_deaths_of_workers_are_told_when_there_were_any() -> None:
+    quiet, deadly = Receipt(0, 4), Receipt(1, 4, errors={"killed_worker": 1}, counters={DEATHS: 2})
+    told = [line for line in lines(quiet, deadly) if line.startswith("workers")]
+    assert told == ["workers   2 died or were stopped, and were begun again"]
+    assert "errors    killed_worker 1" in lines(quiet, deadly)
+    assert not [line for line in lines(quiet) if line.startswith("workers")]
