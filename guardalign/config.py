@@ -343,8 +343,9 @@ def ignored_settings(config: AuditConfig) -> tuple[str, ...]:
         found.append("generation.top_p and top_k have no effect at temperature 0, which decodes greedily")
     if config.cluster.judge_actors > 1 and not _judges_apart(config.judge):
         found.append(f"cluster.judge_actors has no effect: judge {config.judge.name} works in the second pool")
-    if not config.cluster.isolated and config.cluster.worker_gib is not None:
-        found.append("cluster.worker_gib has no effect: cluster.isolated is false")
+    for limit in ("shard_seconds", "worker_gib"):
+        if not config.cluster.isolated and getattr(config.cluster, limit) != getattr(ClusterConfig, limit):
+            found.append(f"cluster.{limit} has no effect: cluster.isolated is false")
     if config.images.keep == "flagged" and config.detector.name == "none":
         found.append("images.keep flagged keeps nothing: without a detector nothing is flagged")
     return tuple(found)

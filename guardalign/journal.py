@@ -5,7 +5,9 @@
 Most rows that kill are found by the watcher (`supervision.py`), whom they do not reach. Some do: a row that fills a
 machine makes Ray stop the watcher, or the whole node; without `cluster.isolated` a row kills the very process that
 works on it. After three such deaths each row of the shard is tried alone, its name written down before; one that was
-written down at two deaths is given up. Deaths from outside cost work, and no row.
+written down at two deaths is given up. So deaths from outside cost work and no row, unless five of them hit one shard,
+two of these one row. Where the driver outlives its workers only deaths of one run count: whoever kills the driver, or
+interrupts it, says nothing of rows. Whoever raises is not dead.
 
 Knows nothing of workers, models or Ray.
 """
@@ -35,6 +37,8 @@ MOST_ALONE: Final = 2
 class Entry:
     """A shard at work."""
 
+    run: str | None = None
+    """the run whose deaths are counted; None: of all runs"""
     begun: int = 0
     """times that it was begun"""
     row: str | None = None
@@ -46,21 +50,22 @@ class Entry:
 
 
 class Journal:
-    """What one pool writes down of its shards."""
+    """What one pool writes down of its shards; with a `run`, deaths in other runs do not count."""
 
-    def __init__(self, out: str, pool: str) -> None:
-        self.folder, self.pool = RunFolder(out), pool
+    def __init__(self, out: str, pool: str, run: str | None) -> None:
+        self.folder, self.pool, self.run = RunFolder(out), pool, run
         self._open: str | None = None
 
     def through(self, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
         """`work(table)`, written down while it lasts; rows that have ended whoever worked on them are given up."""
         name = f"{FOLDER}/{self.pool}-{table['shard'][0].as_py():06d}.json"
-        entry = self._begun(name)
-        if entry.begun > MOST_DEATHS:
-            self._try_rows(work, table, name, entry)
-        done = work(_without(table, entry, self.pool.split("+")[0]))
-        self.close()
-        return done
+        try:
+            entry = self._begun(name)
+            if entry.begun > MOST_DEATHS:
+                self._try_rows(work, table, name, entry)
+            return work(_without(table, entry, self.pool.split("+")[0]))
+        finally:
+            self.close()
 
     def close(self) -> None:
         """The shard at hand has ended, or was put down in good order."""
@@ -71,6 +76,8 @@ class Journal:
     def _begun(self, name: str) -> Entry:
         self._open = name
         entry = self._read(name)
+        if entry.run != self.run:
+            entry = Entry(self.run)
         entry.begun += 1
         if entry.row is not None:
             entry.deaths[entry.row] = entry.deaths.get(entry.row, 0) + 1

@@ -135,7 +135,7 @@ def run_locally(
     listed = steps(config, taxonomy) if listed is None else listed
     pools = "+".join(dict.fromkeys(step.pool for step in listed))
     work = staged(Order(pools, listed, config.cluster.threads, is_last=True), config.cluster)
-    journal = Journal(writer.out, pools)
+    journal = Journal(writer.out, pools, writer.run_id if config.cluster.isolated else None)
     try:
         for shard in shards:
             yield writer.commit(journal.through(work, read_shard(source, shard)))
@@ -180,7 +180,7 @@ def _batches(
     rows = [{"shard": pickle.dumps(shard)} for shard in shards]
     readers = 2 * max(getattr(config.cluster, f"{pool}_actors") for pool in POOLS)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(read_task, source, writer.out),
+        partial(read_task, source, writer.out, writer.run_id),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=READ_CPUS,

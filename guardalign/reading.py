@@ -31,25 +31,30 @@ def read_shard(source: Source, shard: Shard) -> pa.Table:
     return admit(with_columns(table, {"shard": [shard.index] * rows, PLANNED: [rows] * rows}))
 
 
-def read_task(source: Source, out: str, batch: pa.Table) -> pa.Table:
+def read_task(source: Source, out: str, run: str, batch: pa.Table) -> pa.Table:
     """The same of a table with one pickled shard; what the user can mend travels on as a value.
 
     It is written down in OUT's journal while it lasts: Ray repeats a read whose worker died for ever, and a file may
-    be what kills whoever reads it.
+    be what kills whoever reads it. Deaths in other runs do not count, and whoever raises is not dead.
     """
     shard: Shard = pickle.loads(batch["shard"][0].as_py())
     folder, note = RunFolder(out), f"{FOLDER}/read-{shard.index:06d}.json"
     try:
-        begun = folder.read_json(note, "begun")["begun"] if folder.exists(note) else 0
-        if begun < MOST_DEATHS:
-            folder.write_json(note, {"begun": begun + 1})
-            table = read_shard(source, shard)
-        else:
-            table = as_table(_deadly(shard))
+        begun = _begun(folder, note, run)
+        if begun >= MOST_DEATHS:
+            return as_table(_deadly(shard))
+        folder.write_json(note, {"begun": begun + 1, "run": run})
+        return read_shard(source, shard)
     except UserError as problem:
-        table = as_table(problem)
-    folder.remove(note)
-    return table
+        return as_table(problem)
+    finally:
+        folder.remove(note)
+
+
+def _begun(folder: RunFolder, note: str, run: str) -> int:
+    """How often this run has begun to read the shard."""
+    before = folder.read_json(note, "begun", "run") if folder.exists(note) else {}
+    return int(before["begun"]) if before.get("run") == run else 0
 
 
 def _deadly(shard: Shard) -> InputError:

@@ -341,6 +341,11 @@ class ShardWriter:
         sha256 = RunFolder(self.out).write_table(name, result.replace_schema_metadata(metadata))
         return replace(receipt, sha256=sha256)
 
+    def receipt(self, table: pa.Table) -> Receipt | None:
+        """Of the table's shard, where its file is there: whoever wrote it died before it could tell."""
+        folder, name = RunFolder(self.out), shard_name(_only(table, "shard"))
+        return folder.receipt(name) if folder.exists(name) else None
+
     def _refuse_if_superseded(self) -> None:
         """A worker that outlived its killed driver must not write over what the resumed run has committed."""
         folder = RunFolder(self.out)

@@ -17,6 +17,7 @@ Knows nothing of Ray, of models or of what stages compute. Imports no torch: onl
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,11 +26,11 @@ from typing import Final
 import pyarrow as pa
 
 from guardalign.config import ClusterConfig
-from guardalign.errors import UserError
+from guardalign.errors import ModelError, UserError
 from guardalign.guard import Failure
 from guardalign.journal import Journal
 from guardalign.results import Receipt, ShardWriter
-from guardalign.schema import PLANNED, trace_of, with_columns, with_trace
+from guardalign.schema import PLANNED, Trace, trace_of, with_columns, with_trace
 from guardalign.sight import Sight, require_sight
 from guardalign.watching import DiedError, Worker, problem_of
 from guardalign.worker import Order, loaded, reach_pool
@@ -49,10 +50,15 @@ class Isolated:
         self.worker.start()
         self._deaths = 0
         self._notes: tuple[str, ...] = ()
+        self._trials: list[Trace] = []
+
+    def ready(self) -> None:
+        """Waits until the models are loaded."""
+        self.worker.await_ready()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The shard through all stages; rows that end the worker are error rows."""
-        self._deaths, self._notes, unexplained = 0, (), 0
+        self._deaths, self._notes, self._trials, unexplained = 0, (), [], 0
         while unexplained < MOST_UNEXPLAINED:
             try:
                 return self._with_deaths(self.worker(table))
@@ -75,6 +81,7 @@ class Isolated:
         alive = [error is None for error in table["error"].to_pylist()]
         rows = [at for at, name in enumerate(table["sample_id"].to_pylist()) if name in suspects and alive[at]]
         found = {at: self._tried(table.slice(at, 1), death) for at in rows}
+        self._trials += [trace_of(each) for each in found.values() if isinstance(each, pa.Table)]
         return {at: each for at, each in found.items() if isinstance(each, tuple)}
 
     def _tried(self, row: pa.Table, first: DiedError | None) -> tuple[str, Failure] | pa.Table:
@@ -94,16 +101,31 @@ class Isolated:
         done = [self._tried(table.slice(at, 1), None) for at in range(table.num_rows)]
         for at, each in enumerate(done):
             if isinstance(each, tuple):
-                done[at] = self.worker(_condemned(table.slice(at, 1), {0: each}))
+                done[at] = self._passed_by(_condemned(table.slice(at, 1), {0: each}))
         return _joined([each for each in done if isinstance(each, pa.Table)], table)
 
+    def _passed_by(self, row: pa.Table) -> pa.Table:
+        """A row that was given up, through stages that have nothing to do with it."""
+        for left in reversed(range(MOST_UNEXPLAINED)):
+            try:
+                return self.worker(row)
+            except DiedError as death:
+                self._deaths += 1
+                if not left:
+                    pool = self.worker.order.pool
+                    raise ModelError(f"the worker of pool {pool} dies even of rows passed by ({death.how})") from None
+        raise AssertionError("the last try returns or raises")
+
     def _with_deaths(self, table: pa.Table) -> pa.Table:
-        """The table with the worker's deaths in its trace."""
+        """The table with the worker's deaths in its trace, and what was counted and noted while rows were tried."""
         if not self._deaths:
             return table
         trace = trace_of(table)
-        counters = {**trace.counters, DEATHS: trace.counters.get(DEATHS, 0) + self._deaths}
-        return with_trace(table, replace(trace, counters=counters, notes=(*trace.notes, *self._notes)))
+        counters = Counter(trace.counters) + Counter({DEATHS: self._deaths})
+        for trial in self._trials:
+            counters.update(trial.counters)
+        notes = [*trace.notes, *(note for trial in self._trials for note in trial.notes), *self._notes]
+        return with_trace(table, replace(trace, counters=dict(counters), notes=tuple(dict.fromkeys(notes))))
 
 
 def _advice(death: DiedError, pool: str) -> str:
@@ -134,9 +156,19 @@ def _joined(parts: Sequence[pa.Table], table: pa.Table) -> pa.Table:
         counters.update(trace.counters)
     notes = tuple(dict.fromkeys(note for trace in traces for note in trace.notes))
     whole = pa.concat_tables(parts, promote_options="default").combine_chunks()
-    if whole.num_rows != table.num_rows:  # a stage that makes several rows of one plans anew
+    planned = table[PLANNED][0].as_py()
+    if any(count != planned for part in parts for count in part[PLANNED].to_pylist()):  # a stage has planned anew
         whole = with_columns(whole, {PLANNED: [whole.num_rows] * whole.num_rows})
-    return with_trace(whole, replace(traces[0], seconds=dict(seconds), counters=dict(counters), notes=notes))
+    return with_trace(whole, Trace(dict(seconds), dict(counters), notes, _last_or_worst(traces)))
+
+
+def _last_or_worst(traces: Sequence[Trace]) -> dict[str, tuple[float, ...]]:
+    """The canaries' numbers as they were at last; those that were none, wherever that was."""
+    found: dict[str, tuple[float, ...]] = {}
+    for trace in traces:
+        lost = {name for name, numbers in found.items() if not all(map(math.isfinite, numbers))}
+        found |= {name: numbers for name, numbers in trace.canaries.items() if name not in lost}
+    return found
 
 
 class InProcess:
@@ -151,6 +183,9 @@ class InProcess:
         for stage in self.stages:
             table = stage(table)
         return table
+
+    def ready(self) -> None:
+        """It is."""
 
     def stop(self) -> None:
         """Nothing to end."""
@@ -173,7 +208,7 @@ class Pool:
 
     def __init__(self, order: Order, cluster: ClusterConfig, writer: ShardWriter, is_last: bool, sight: Sight) -> None:
         self.writer = writer if is_last else None
-        self.journal = Journal(writer.out, order.pool)
+        self.journal = Journal(writer.out, order.pool, writer.run_id)
         self.work: Isolated | InProcess | None = None
         self.problem: UserError | None = None
         try:
@@ -189,10 +224,11 @@ class Pool:
         try:
             if self.work is None:
                 raise self.problem or AssertionError("neither stages nor a problem")
-            table = self.journal.through(self.work, table)
+            self.work.ready()
             if self.writer is None:
-                return table
-            return pa.table({"receipt": [json.dumps(asdict(self.writer.commit(table)))]})
+                return self.journal.through(self.work, table)
+            receipt = self.writer.receipt(table) or self.writer.commit(self.journal.through(self.work, table))
+            return pa.table({"receipt": [json.dumps(asdict(receipt))]})
         except UserError as problem:
             return as_table(problem)
 

@@ -65,7 +65,7 @@ class Worker:
         self._stage = order.pool.split("+")[0]
         self._in_hand: Counter[str] = Counter()
         self._buffer = bytearray()
-        self._at_begin = 0.0
+        self._at_begin = self._looked = 0.0
 
     def start(self) -> None:
         """Begins the process, which loads its models meanwhile."""
@@ -86,7 +86,8 @@ class Worker:
         for descriptor in (inlet, outlet, lifeline):
             os.close(descriptor)
         self._is_ready, self._buffer, self._in_hand = False, bytearray(), Counter()
-        self._send(pickle.dumps(self.order))
+        os.set_blocking(self._inlet, False)
+        self._send(pickle.dumps(self.order), None)
 
     def stop(self) -> None:
         """Ends the process; what it had in hand is forgotten."""
@@ -100,17 +101,17 @@ class Worker:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table through the worker's stages. Raises `DiedError`, or the `UserError` that the worker met."""
-        self._await_ready()
+        self.await_ready()
         assert self.process is not None
         self._in_hand, self._at_begin = Counter(), resident_gib(self.process.pid)
         deadline = None if self.shard_seconds is None else monotonic() + self.shard_seconds
-        self._send(encoded(table))
+        self._send(encoded(table), deadline)
         for kind, content in self._frames(deadline):
             if kind == Frame.TABLE:
                 return decoded(pa.py_buffer(bytes(content)))
         raise AssertionError("frames end with a table or an error")
 
-    def _await_ready(self) -> None:
+    def await_ready(self) -> None:
         """Waits until the models are loaded; tries again a few times where the worker dies of it."""
         for left in reversed(range(MOST_STARTS)):
             if self._is_ready:
@@ -124,14 +125,18 @@ class Worker:
                     sentence = f"the worker of pool {self.order.pool} died {MOST_STARTS} times ({death.how}) while"
                     raise ModelError(f"{sentence} it loaded its models") from None
 
-    def _send(self, content: Any) -> None:
-        """One message; a worker that is dead is noticed by whoever reads next."""
-        try:
+    def _send(self, content: Any, deadline: float | None) -> None:
+        """One message; a worker that is dead is noticed by whoever reads next, one that takes nothing by its limit."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._inlet, selectors.EVENT_WRITE)
             for part in (memoryview(HEADER.pack(0, memoryview(content).nbytes)), memoryview(content)):
                 while part.nbytes:
-                    part = part[os.write(self._inlet, part) :]
-        except BrokenPipeError:
-            pass
+                    self._heed_limits(deadline)
+                    if selector.select(self._patience(deadline)):
+                        try:
+                            part = part[os.write(self._inlet, part) :]
+                        except BrokenPipeError:
+                            return
 
     def _frames(self, deadline: float | None, last: Frame = Frame.TABLE) -> Iterator[tuple[Frame, bytes]]:
         """What the worker says, up to the frame that is waited for; ends with an error otherwise."""
@@ -175,14 +180,22 @@ class Worker:
         """Waits for more; stops the worker where it has reached a limit."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._outlet, selectors.EVENT_READ)
+            self._heed_limits(deadline)
             while not selector.select(self._patience(deadline)):
-                if deadline is not None and monotonic() >= deadline:
-                    raise self._ended("timed_out", f"longer than cluster.shard_seconds ({self.shard_seconds:g} s)")
-                self._refuse_too_much_memory()
+                self._heed_limits(deadline)
         content = os.read(self._outlet, 1 << 20)
         if not content:
             raise self._dead()
         self._buffer += content
+
+    def _heed_limits(self, deadline: float | None) -> None:
+        """Stops the worker where it has reached one, however much it talks; looks at its memory now and then."""
+        now = monotonic()
+        if deadline is not None and now >= deadline:
+            raise self._ended("timed_out", f"longer than cluster.shard_seconds ({self.shard_seconds:g} s)")
+        if now - self._looked >= GLANCE:
+            self._looked = now
+            self._refuse_too_much_memory()
 
     def _patience(self, deadline: float | None) -> float:
         """How long to wait before the next look at the limits [s]."""

@@ -115,6 +115,7 @@ def test_a_users_mistake_in_a_worker_is_one_line(
     assert "99" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_equal_rows(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ("--shard_rows", 8, "--generation.max_new_tokens", 4, "--engine", "local", "--output", out)

@@ -103,6 +103,7 @@ def test_the_scores_are_an_audits_bit_for_bit(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made.json", "made.yaml", "read.json", "read.yaml"]
 
 
+@pytest.mark.slow
 def test_ray_gives_the_threshold_of_the_loop(
     source: tuple[str, ...], swept: Path, tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from runs import committed, rows, run, start
 
+from guardalign.errors import ModelError
 from guardalign.journal import FOLDER, MOST_DEATHS, Journal
 from guardalign.schema import with_columns
 
@@ -25,9 +27,16 @@ def shard() -> pa.Table:
     return with_columns(pa.table({"sample_id": list(IDS)}), {**nothing, "shard": [7] * rows})
 
 
-def lives(out: Path, deadly: frozenset[str], outside: int = 0) -> tuple[pa.Table, int]:
+def lives(out: Path, deadly: frozenset[str], outside: int = 0, runs: list[str] | None = None) -> tuple[pa.Table, int]:
     """Begins the shard in new lives until one is through; the table, and the deaths. `outside` deaths hit anybody."""
     deaths = 0
+
+    class Mortal(Journal):
+        """A process that dies closes nothing."""
+
+        def close(self) -> None:
+            if not isinstance(sys.exc_info()[1], DeathError):
+                super().close()
 
     def work(table: pa.Table) -> pa.Table:
         nonlocal outside
@@ -43,7 +52,7 @@ def lives(out: Path, deadly: frozenset[str], outside: int = 0) -> tuple[pa.Table
 
     while True:
         try:
-            return Journal(str(out), "generate").through(work, shard()), deaths
+            return Mortal(str(out), "generate", runs and runs.pop(0)).through(work, shard()), deaths
         except DeathError:
             deaths += 1
             assert deaths < 30, "it never ends"
@@ -67,6 +76,24 @@ def test_deaths_from_outside_cost_no_row_before_the_fifth_over_one_shard(tmp_pat
     assert len(given_up) == max(0, outside - MOST_DEATHS) // 2, (
         "two deaths in succession over the same row alone blame it"
     )
+
+
+def test_deaths_in_other_runs_do_not_count_where_the_driver_outlives_its_workers(tmp_path: Path) -> None:
+    table, deaths = lives(tmp_path, frozenset(), 12, [f"run-{number}" for number in range(13)])
+    assert deaths == 12
+    assert table["error"].null_count == len(IDS)
+
+
+def test_whoever_raises_is_not_dead(tmp_path: Path) -> None:
+    def unmendable(table: pa.Table) -> pa.Table:
+        raise ModelError("the weights are missing")
+
+    for _ in range(9):
+        with pytest.raises(ModelError):
+            Journal(str(tmp_path), "generate", None).through(unmendable, shard())
+    assert not list((tmp_path / FOLDER).iterdir())
+    table, _ = lives(tmp_path, frozenset())
+    assert table["error"].null_count == len(IDS)
 
 
 def test_a_note_that_death_has_cut_off_is_none(tmp_path: Path) -> None:

@@ -380,14 +380,14 @@ def test_a_shard_that_was_begun_too_often_is_not_read_again(tmp_path: Path) -> N
     deadly = Deadly(prepared.source)
     good, bad = (pa.table({"shard": [pickle.dumps(shard)]}) for shard in prepared.plan.shards)
     for _ in range(MOST_DEATHS):
-        child = multiprocessing.get_context("fork").Process(target=read_task, args=(deadly, str(tmp_path), bad))
+        child = multiprocessing.get_context("fork").Process(target=read_task, args=(deadly, str(tmp_path), "run", bad))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        assert read_task(deadly, str(tmp_path), good).num_rows == 4
+        assert read_task(deadly, str(tmp_path), "run", good).num_rows == 4
     with pytest.raises(InputError, match=DEADLY):
-        receipt_of(read_task(deadly, str(tmp_path), bad))
-    mended = read_task(prepared.source, str(tmp_path), bad)
+        receipt_of(read_task(deadly, str(tmp_path), "run", bad))
+    mended = read_task(prepared.source, str(tmp_path), "run", bad)
     assert mended.num_rows == 4, "the next run begins to count anew"
 
 

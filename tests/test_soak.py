@@ -22,15 +22,21 @@ import pytest
 from runs import run
 
 from guardalign.cli import main
+from guardalign.config import ClusterConfig
 from guardalign.faults import POINTS, VARIABLE, VISITS, reach
-from guardalign.results import RunFolder
-from guardalign.soak.audits import Audit
+from guardalign.pipeline import Step
+from guardalign.results import RunFolder, ShardWriter
+from guardalign.schema import result_schema
+from guardalign.sight import shown
+from guardalign.soak.audits import Audit, scratch
 from guardalign.soak.checking import Findings, checked, is_close, rows_of, strays
-from guardalign.soak.dealing import AT, USED, Deck, Kill, hits, moments, visits
+from guardalign.soak.dealing import AT, USED, Deck, Kill, Moment, hits, moments, visits
 from guardalign.soak.poison import HARMS, prices_of
 from guardalign.soak.processes import MARK, PLACES, Process, Scene, left_behind, living
 from guardalign.soak.report import is_sound, report
 from guardalign.soak.rounds import Round, RoundResult, Soak, soak
+from guardalign.supervision import Pool, receipt_of
+from guardalign.worker import Order
 
 FLAGS = ("--recipe", "none", "--shard_rows", "4", "--limit", "16", "--engine", "local", "--cluster.isolated", "false")
 FLAGS += ("--generation.max_new_tokens", "4")
@@ -120,6 +126,24 @@ def test_a_commit_that_is_not_atomic_is_found_out(undisturbed: Path, tmp_path: P
 @pytest.fixture
 def out(undisturbed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(undisturbed, tmp_path / "out"))
+
+
+def never() -> None:
+    raise AssertionError("the stages are not to be called")
+
+
+def test_a_pool_does_not_do_a_shard_again_that_is_committed(out: Path) -> None:
+    """As when an actor dies after the rename, and Ray repeats its task."""
+    before = Audit(out, out, "local", "", out).committed()
+    writer = ShardWriter(str(out), result_schema(), "another", 2)
+    order = Order("generate", [Step("generate", lambda: lambda _: never())], 1, is_last=True)
+    with shown(str(out), ()) as sight:
+        pool = Pool(order, ClusterConfig(isolated=False), writer, True, sight)
+        found = receipt_of(pool(pa.table({"shard": [2, 2, 2, 2]})))
+        assert found == RunFolder(str(out)).receipt("results/shard-000002.parquet")
+        assert Audit(out, out, "local", "", out).committed() == before
+        with pytest.raises(AssertionError, match="not to be called"):
+            pool(pa.table({"shard": [99], "sample_id": ["a"], "error": [None]}))
 
 
 def rewritten(path: Path, table: pa.Table) -> None:
@@ -309,6 +333,20 @@ def test_the_table_says_what_was_hit_and_what_was_lost() -> None:
 def test_a_few_random_kills_lose_nothing(engine: str, tmp_path: Path) -> None:
     results = list(soak(Soak(3, tmp_path, 64, seed=1, engines=(engine,))))
     assert is_sound(results), "\n".join(report(results))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_actors_that_die_between_rename_and_receipt_write_no_shard_twice(tmp_path: Path) -> None:
+    asked = Soak(0, tmp_path, 96)
+    assert list(soak(asked)) == [], "the reference alone"
+    deck = Deck(Random(0))
+    deck.cards = [f"{AT}write.renamed"] * 8
+    due = [Moment(share / 9, 0.0) for share in range(1, 9)]
+    with scratch() as folder:
+        result = Round(asked, 0, "ray", folder, deck, due, rows_of(tmp_path / "reference")).run()
+    assert is_sound([result]), "\n".join(report([result]))
+    assert len(result.kills) > 1
 
 
 @pytest.mark.slow

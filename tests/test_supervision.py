@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Harmful:
                 for each in pair:
                     self._strike(each)
         response = [each.upper() if is_alive else None for each, is_alive in zip(ids, alive, strict=True)]
-        return with_trace(with_columns(table, {"response": response}), Trace({self.name: 0.5}, {}, ("hi",)))
+        return with_trace(with_columns(table, {"response": response}), Trace({self.name: 0.5}, {"calls": 1}, ("hi",)))
 
     def _strike(self, sample_id: str) -> None:
         kind, _, times = self.harms.get(sample_id, "").partition("*")
@@ -291,8 +292,99 @@ class Slow:
         return with_trace(with_columns(table, {"response": table["sample_id"].to_pylist()}), Trace())
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_slow_as_a_whole_ends_row_by_row_with_a_note(worker: Any) -> None:
     found = worker(Slow(), shard_seconds=2.5)(shard())
     assert outcome(found) == {each: each for each in IDS}
     (note,) = trace_of(found).notes
     assert "longer than cluster.shard_seconds (2.5 s)), and no row of it alone did: raise that limit" in note
+
+
+@dataclass(frozen=True)
+class Expanding:
+    """Makes so many rows of one, as an evaluation does, and dies of any two rows together."""
+
+    times: int
+    name: str = "generate"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """As above."""
+        if table.num_rows > 1:
+            os._exit(3)
+        whole = pa.concat_tables([table] * self.times)
+        return with_trace(with_columns(whole, {PLANNED: [self.times] * self.times}), Trace({}, {"calls": 1}, ("told",)))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_stage_that_plans_anew_is_committed_whole_when_done_row_by_row(worker: Any, times: int) -> None:
+    found = worker(Expanding(times))(shard())
+    assert found.num_rows == times * len(IDS)
+    assert found[PLANNED].to_pylist() == [found.num_rows] * found.num_rows
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """Dies of any table."""
+
+    name: str = "generate"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """As above."""
+        os._exit(5)
+
+
+def test_a_worker_that_dies_of_rows_that_are_passed_by_ends_the_run_with_one_sentence(worker: Any) -> None:
+    with pytest.raises(ModelError, match=r"dies even of rows passed by \(it ended with exit code 5\)"):
+        worker(Hopeless())(shard().slice(0, 1))
+
+
+@dataclass(frozen=True)
+class Chattering:
+    """Never silent, while a row takes memory, or time."""
+
+    harm: str
+    name: str = "generate"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """As above."""
+        alive = [
+            name
+            for name, error in zip(*(table[n].to_pylist() for n in ("sample_id", "error")), strict=True)
+            if not error
+        ]
+
+        def chatter() -> None:
+            while True:
+                with in_hand(["a"]):
+                    time.sleep(0.002)
+
+        threading.Thread(target=chatter, daemon=True).start()
+        for each in alive:
+            with in_hand([each]):
+                if each == "d":
+                    HARMS[self.harm]()
+        return with_columns(
+            table, {"response": [each.upper() if each in alive else None for each in table["sample_id"].to_pylist()]}
+        )
+
+
+@pytest.mark.parametrize(("harm", "kind"), [("memory", "out_of_memory"), ("hang", "timed_out")])
+def test_limits_hold_for_a_worker_that_is_never_silent(worker: Any, harm: str, kind: str) -> None:
+    found = worker(Chattering(harm), shard_seconds=4 if harm == "hang" else 60, worker_gib=1.0)(shard())
+    assert outcome(found) == expected(d=kind)
+
+
+def test_a_worker_that_takes_nothing_in_is_stopped_at_its_limit(worker: Any, tmp_path: Path) -> None:
+    pool = worker(Harmful({}, str(tmp_path)), shard_seconds=3)
+    assert outcome(pool(shard())) == expected()
+    os.kill(pool.worker.process.pid, signal.SIGSTOP)
+    large = with_columns(shard(), {"image": [bytes(2**20)] * len(IDS)})
+    found = pool(large)
+    assert outcome(found) == expected()
+    assert trace_of(found).counters[DEATHS] == 1
+
+
+def test_what_was_counted_while_rows_were_tried_is_counted(worker: Any, tmp_path: Path) -> None:
+    trace = trace_of(worker(Harmful({"d": "exit"}, str(tmp_path)))(shard()))
+    assert trace.notes == ("hi",)
+    assert trace.counters == {DEATHS: 2, "calls": 2}, "c, tried alone, and the shard"

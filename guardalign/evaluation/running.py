@@ -151,8 +151,8 @@ def _finish(
     comparison: Comparison, folder: RunFolder, work: _Work, attempts: int, run_id: str, seconds: float
 ) -> Findings:
     """Reconciles samples with rows, compares, and writes tables and manifest."""
-    folder.clear_temporary()
     for each in (folder, RunFolder(f"{absolute(folder)}/{DETECTIONS}")):
+        each.clear_temporary()
         each.remove(JOURNAL)
     answered = _receipts(folder, work.answered)
     plan = comparison.answers.plan

@@ -45,8 +45,10 @@ class Process:
 
 
 def living(mark: str, sessions: Collection[int] = ()) -> dict[int, Process]:
-    """All processes with the mark (an empty one is nobody's), or of one of the sessions; those that are dead and not yet
-    buried are left out."""
+    """All processes with the mark (an empty one is nobody's), or of one of the sessions.
+
+    Those that are dead and not yet buried are left out.
+    """
     setting = f"{MARK}={mark}".encode()
     found = (_look(Path(entry.path), setting, sessions) for entry in os.scandir("/proc") if entry.name.isdigit())
     return {process.pid: process for process in found if process is not None and process.pid != os.getpid()}

@@ -136,6 +136,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_stopped(
     assert rest["clip_loads"] == (commits < 3)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(finished: Path, tmp_path: Path) -> None:
     words = ["evaluate", "--suite", "micro", "--defenses", ",".join(RECIPES), *QUICK, "--output", str(tmp_path)]
     process = subprocess.Popen(

@@ -10,9 +10,9 @@ import pytest
 from guardalign.models.lvlm import Lvlm
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def loaded_once() -> Iterator[None]:
-    """One loaded model a setting for all audits of this folder."""
+    """One loaded model a setting for all audits of a file; a wider scope would reach other folders' tests, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lvlm, "load", lru_cache(maxsize=2)(Lvlm.load))
         yield
