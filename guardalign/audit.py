@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from guardalign.canaries import readiness
 from guardalign.canaries.drift import UNCHECKED, drift, recorded
@@ -293,6 +294,7 @@ def _manifest(
         "fingerprint": prepared.science | _shape(prepared),
         "input": {"num_rows": plan.num_rows, "num_shards": len(plan.shards), "num_files": len(plan.files)},
         "versions": versions(),
+        "cuda": torch.cuda.is_available(),
         "totals": asdict(whole),
         "counters": whole.counters,
         "this_run": {"totals": asdict(this_run), "seconds": seconds},

@@ -354,7 +354,7 @@ def _verify_parser() -> _Parser:
     add(
         "--most_differing",
         type=float,
-        help="largest share of rows that may differ (default: 0 where all models are fp32, else 0.02)",
+        help="largest share of rows that may differ (default: 0 where all models round as fp32, else 0.02)",
     )
     add("--judge", action="store_true", help="ask a judge behind an endpoint again")
     add("--config", action="append", default=[], help="YAML with settings; may be given several times")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from guardalign.credentials import refuse_credentials_in
 from guardalign.errors import require
@@ -348,7 +348,20 @@ def ignored_settings(config: AuditConfig) -> tuple[str, ...]:
             found.append(f"cluster.{limit} has no effect: cluster.isolated is false")
     if config.images.keep == "flagged" and config.detector.name == "none":
         found.append("images.keep flagged keeps nothing: without a detector nothing is flagged")
-    return tuple(found)
+    return (*found, *_ignored_web_settings(config.input))
+
+
+WITHOUT_REFERENCES: Final[frozenset[str]] = frozenset({EMBEDDED, "micro", "webdataset", "figstep", "figstep-suffix"})
+"""Input formats whose rows name no picture of their own."""
+
+
+def _ignored_web_settings(config: InputConfig) -> tuple[str, ...]:
+    if not config.allow_urls:
+        idle = [name for name in ("url_seconds", "url_bytes") if getattr(config, name) != getattr(InputConfig, name)]
+        return tuple(f"input.{name} has no effect: input.allow_urls is false" for name in idle)
+    if config.format in WITHOUT_REFERENCES:
+        return (f"input.allow_urls has no effect: rows of input.format {config.format} name no pictures",)
+    return ()
 
 
 def _judges_apart(judge: Choice) -> bool:

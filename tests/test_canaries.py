@@ -15,7 +15,7 @@ import torch
 
 from guardalign.canaries import AS_LOADED, Checked, readiness
 from guardalign.canaries.decoding import DecodingCanary
-from guardalign.canaries.drift import drift
+from guardalign.canaries.drift import drift, recorded
 from guardalign.canaries.expecting import precision
 from guardalign.config import LvlmConfig
 from guardalign.defenses.guardalign import GuardAlignDefense
@@ -379,7 +379,43 @@ def drifted(*receipts: Receipt) -> tuple[str, ...]:
     return drift({str(each.shard): each for each in receipts}).drifted_shards
 
 
-def test_drift_is_told_from_what_the_first_worker_measured_when_it_had_loaded() -> None:
+@pytest.mark.parametrize("bad", range(8))
+def test_one_bad_device_among_good_ones_is_named_alone_wherever_it_stands(bad: int) -> None:
+    numbers = [[-1.1, -2.0, -3.0] if at == bad else [-1.0, -2.0, -3.0] for at in range(8)]
+    found = drift({str(at): receipt(at, each, each) for at, each in enumerate(numbers)})
+    assert found.drifted_shards == (str(bad),) and not found.is_undecided
+    assert found.largest_difference == pytest.approx(0.1 / 2)
+
+
+def test_components_are_judged_apart_and_only_finite_ones_set_the_reference() -> None:
+    rows = [[math.nan, -2.0], [math.inf, -2.0], [-1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0]]
+    assert drifted(*(receipt(at, row, row) for at, row in enumerate(rows))) == ("0", "1")
+    rows = [[-1.1, -2.0], [-1.0, -2.2], [-1.0, -2.0], [-1.0, -2.0]]
+    assert drifted(*(receipt(at, row, row) for at, row in enumerate(rows))) == ("0", "1")
+    assert drifted(receipt(0, [math.nan], [math.nan]), receipt(1, [math.nan], [math.nan])) == ("0", "1")
+
+
+@pytest.mark.parametrize("apart", [0.0045, 0.006, 0.1, 3.0])
+def test_without_a_majority_all_are_marked_and_none_is_taken_for_the_right_one(apart: float) -> None:
+    one, other = [-3.0], [-3.0 - apart]
+    pair = drift({"s0": receipt(0, one, one), "s1": receipt(1, other, other)})
+    assert pair.drifted_shards == ("s0", "s1") and pair.is_undecided
+    assert pair.warnings[0].startswith("s0 and s1 disagree, and no majority tells which are right: canaries are off by")
+    with pytest.raises(RunFailedError, match=r"the models drifted: s0 and s1 disagree, .*; remove these files"):
+        pair.require_steady()
+    assert drifted(*(receipt(at, each, each) for at, each in enumerate([one, one, other, other]))) == tuple("0123")
+    assert drifted(*(receipt(at, each, each) for at, each in enumerate([other, one, one]))) == ("0",)
+
+
+def test_what_came_of_the_canaries_is_read_back_from_older_records_too() -> None:
+    found = drift({"s0": receipt(0, [1.0], [1.0]), "s1": receipt(1, [2.0], [2.0])})
+    plain = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert recorded(plain).warnings == found.warnings
+    del plain["is_undecided"]
+    assert not recorded(plain).is_undecided
+
+
+def test_drift_is_told_from_what_the_workers_measured_when_they_had_loaded() -> None:
     sound = [receipt(0, [-3.0], [-3.0]), receipt(1, [-3.0], [-3.003])]
     assert drifted(*sound) == ()
     assert drifted(receipt(0, [-3.0], [-3.1]), *sound[1:]) == ("0",), "in the very first shard"
@@ -391,6 +427,8 @@ def test_the_tolerance_of_drift_depends_on_the_number_format() -> None:
     for dtype, small, large in (("float32", 3e-3, 5e-3), ("float16", 6e-2, 9e-2), ("bfloat16", 0.3, 0.5)):
         assert drifted(receipt(0, [-3], [-3], dtype), receipt(1, [-3], [-3 - small], dtype)) == ()
         assert drifted(receipt(0, [-3], [-3], dtype), receipt(1, [-3], [-3 - large], dtype)) == ("1",)
+        loaded = [receipt(at, [-3 - large] if at == 0 else [-3], [-3], dtype) for at in range(3)]
+        assert drifted(*loaded) == ("0",)
 
 
 def test_fp32_on_a_gpu_that_rounds_to_tf32_is_held_to_the_bounds_of_fp16() -> None:

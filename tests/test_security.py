@@ -21,7 +21,7 @@ import pytest
 
 from guardalign import cli
 from guardalign.cli import main
-from guardalign.config import AuditConfig, ClipConfig, InputConfig, LvlmConfig, to_plain
+from guardalign.config import AuditConfig, Choice, ClipConfig, InputConfig, LvlmConfig, to_plain
 from guardalign.credentials import refuse_credentials
 from guardalign.errors import ConfigError, InputError, ModelError, RowError, harmless
 from guardalign.evaluation.printing import Sheet, _markdown, _text
@@ -354,6 +354,9 @@ def test_tables_keep_their_shape_whatever_a_cell_holds() -> None:
         *(f"http://host/x#{SECRET}", f"s3://KEY:{SECRET}@bucket/x", f"s3://KEY:{SECRET}/a/b@bucket/x"),
         *(f"ftp://user:{SECRET}@host/x", f"simplecache::https://user:{SECRET}@host/x", f"S3://K:{SECRET}@b"),
         *(f"zip://x::https://host/x?{SECRET}", f"sftp://user:{SECRET}@host:22/x", f"HTTPS://{SECRET}@host"),
+        *(f"https://u:p {SECRET}@host/x", f" https://u:{SECRET}@host/x.csv", f"s3://K:a\n{SECRET}@b/x\n"),
+        *(f"s3://b/x?X-Amz-Signature={SECRET}", f"abfs://c@a/x?sv=1&sig={SECRET}", f"gs://b/x#token={SECRET}"),
+        *(f"https://u:{SECRET}@host/x://", f"s3://K:a::{SECRET}@b/x", f"s3://b/x?a=b;secret={SECRET}"),
     ],
 )
 def test_addresses_that_hold_a_secret_are_refused_without_being_repeated(address: str) -> None:
@@ -375,6 +378,7 @@ def test_addresses_that_hold_a_secret_are_refused_without_being_repeated(address
         *("s3://bucket/a?b*.parquet", "gs://b/x", "abfs://container@account.dfs.core.windows.net/x", "/a/b:c@d?x"),
         *("hdfs://host:9000/x@y", "sftp://user@host/x", "github://owner:repo@main/x.csv", "https://host:8443/x@y/z"),
         *("memory://x", "file:///a@b", "simplecache::s3://b/x", "data/part-?.parquet", "ray://head:10001"),
+        *("s3://b/day?/key=3/x", "s3://b/key=3/x?.parquet", "zip://x::s3://b/x@y"),
     ],
 )
 def test_addresses_without_a_secret_pass(address: str) -> None:
@@ -383,6 +387,11 @@ def test_addresses_without_a_secret_pass(address: str) -> None:
 
 def test_a_prompt_that_quotes_an_address_is_no_address() -> None:
     AuditConfig(lvlm=LvlmConfig(system_prompt="Ask at https://host/x?y=z and at https://a:b@c/ only."))
+    AuditConfig(lvlm=LvlmConfig(system_prompt="https://host/x?y=z and https://a:b@c/ are where to ask."))
+    AuditConfig(defense=Choice("plain", {"prefix": "https://a:b@c/ is where to ask."}))
+    for secret in (f"https://host/x?{SECRET}", f" https://u:{SECRET}@host/x "):
+        with pytest.raises(ConfigError):
+            AuditConfig(lvlm=LvlmConfig(system_prompt=secret))
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from guardalign.cli import main
-from guardalign.config import ignored_settings
+from guardalign.config import EMBEDDED, WITHOUT_REFERENCES, ignored_settings
 from guardalign.errors import ConfigError
 from guardalign.fingerprint import science
 from guardalign.settings import as_yaml, load_settings, recipe_names
+from guardalign.sources import SOURCES
 
 
 def message(*flags: str, recipe: str | None = None, files: tuple[str, ...] = ()) -> str:
@@ -106,11 +107,25 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
         (("--generation.top_p", "0.5"), "greedily"),
         (("--generation.top_k", "5"), "greedily"),
         (("--detector.name", "none", "--sanitizer.name", "none", "--images.keep", "flagged"), "nothing is flagged"),
+        (("--input.url_seconds", "5"), "input.url_seconds has no effect: input.allow_urls is false"),
+        (("--input.url_bytes", "5"), "input.url_bytes has no effect: input.allow_urls is false"),
+        (("--input.allow_urls", "true"), "input.allow_urls has no effect: rows of input.format embedded name no"),
+        (("--input.allow_urls", "true", "--input.format", "micro"), "rows of input.format micro name no pictures"),
     ],
 )
 def test_a_setting_without_effect_is_told(flags: tuple[str, ...], words: str) -> None:
     (sentence,) = ignored_settings(load_settings("guardalign", [], list(flags)))
     assert words in sentence
+
+
+def test_settings_of_the_web_that_act_are_passed_over() -> None:
+    flags = ["--input.format", "csv", "--input.path", "x.csv", "--input.allow_urls", "true", "--input.url_bytes", "5"]
+    assert ignored_settings(load_settings("guardalign", [], flags)) == ()
+
+
+def test_formats_without_references_are_those_that_refuse_addresses_and_the_embedded_sample() -> None:
+    refusing = {name for name, source in SOURCES.items() if "allow_urls" in source.meaningless}
+    assert refusing | {EMBEDDED} == WITHOUT_REFERENCES
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

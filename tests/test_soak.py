@@ -303,6 +303,15 @@ def test_a_process_is_found_by_mark_or_session_and_not_once_it_is_dead(sleeper: 
     assert living("here") == {}
 
 
+def test_rays_own_agents_may_take_longer_to_go() -> None:
+    process = subprocess.Popen(["ray::RuntimeEnvAgent", "1"], executable="/bin/sleep", env={MARK: "agents"})
+    started = time.monotonic()
+    while not living("agents"):
+        assert time.monotonic() - started < 1
+    assert left_behind("agents", (), patience=0.4) == [], "2 s for it"
+    process.wait(10)
+
+
 def test_visits_are_written_down_where_somebody_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     reach("commit.begin")

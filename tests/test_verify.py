@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -14,20 +15,25 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from runs import run
 
 from guardalign.cli import main
+from guardalign.config import AuditConfig, ClipConfig, ClusterConfig, LvlmConfig
 from guardalign.errors import RunFailedError
 from guardalign.micro import FOLDER
 from guardalign.results import RECEIPT_KEY, RunFolder, sha256, shard_name, shard_receipt
 from guardalign.schema import RESULT_NAMES, VOLATILE, Trace, with_columns
 from guardalign.verify import Asked, verify
 from guardalign.verify.agreement import GROUPS, Agreement, distance
+from guardalign.verify.devices import bounds, recorded
 from guardalign.verify.rows import row_problems
 from guardalign.verify.sample import draw
 from tests.judges.test_endpoint_judge import VARIABLE, Server, about, serve
+from tests.sources.test_web import Web, server
+from tests.sources.test_web import say as answering
 
-__all__ = ["serve"]
+__all__ = ["serve", "server"]
 
 NUM_ROWS = 15
 SPOILT = {4: {"image": b"no picture"}, 11: {"prompt": " "}}
@@ -113,19 +119,19 @@ def test_a_judge_behind_an_endpoint_is_asked_again_only_on_request(
     serve: Callable[..., Server],
     tmp_path: Path,
 ) -> None:
-    server, source, out = serve(about), tmp_path / "in.csv", tmp_path / "out"
+    judge, source, out = serve(about), tmp_path / "in.csv", tmp_path / "out"
     source.write_text("prompt\nWhy? [harm]\nWhy? [broken]\nWhy?\n")
     flags = ["--recipe", "none", "--input.format", "csv", "--input.path", source, "--judge.name", "endpoint"]
-    flags += ["--judge.url", server.url, "--judge.model", "judge-1", "--judge.key_variable", VARIABLE]
+    flags += ["--judge.url", judge.url, "--judge.model", "judge-1", "--judge.key_variable", VARIABLE]
     assert run(*flags, "--judge.retries", 0, "--output", out) == 0
-    asked = len(server.seen)
+    asked = len(judge.seen)
     lines = said(out)
     assert "left out   rows that are not tried again: errors of the judge 1" in lines
     assert any("--judge asks it again" in line for line in lines)
     assert not any(line.startswith("verdict ") for line in lines)
-    assert len(server.seen) == asked and lines[-1].startswith("differing  0 of 2")
+    assert len(judge.seen) == asked and lines[-1].startswith("differing  0 of 2")
     assert said(out, judge=True)[-1].startswith("differing  0 of 3")
-    assert len(server.seen) > asked
+    assert len(judge.seen) > asked
 
 
 def test_in_bf16_the_share_that_differs_is_told_and_bounded(tmp_path: Path) -> None:
@@ -298,6 +304,126 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert main(["verify", str(finished), *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--nonsense", "3"], "--nonsense 3"),
+        (["--lvlm.device", "cpu", "left"], "--lvlm.device cpu left"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+        (["--judge"], "--judge"),
+        (["--most_differing", "0.5"], "--most_differing"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["an audit", "an evaluation"])
+def test_what_has_no_effect_where_nothing_is_recomputed_is_a_mistake(
+    kind: str, words: list[str], named: str, finished: Path, evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(finished), "--sample", "0"] if kind == "an audit" else [str(evaluated)]
+    assert main(["verify", *command, *words]) == 2
+    told = capsys.readouterr()
+    assert told.err == f"guardalign: settings ({named}) have no effect: nothing is recomputed\n" and not told.out
+
+
+def test_a_misspelt_setting_is_told_before_any_file_is_read(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out / shard_name(0)).unlink()
+    assert main(["verify", str(out), "--nonsense", "3"]) == 2
+    assert "there is no setting 'nonsense'" in capsys.readouterr().err
+
+
+NUM_PICTURES = 8
+
+
+@pytest.fixture
+def from_the_web(server: Web, tmp_path: Path) -> Path:
+    """A finished run over pictures of a real server, which had not all of them, and one from a file."""
+    rows = pq.read_table(FOLDER / "sample.parquet").slice(0, NUM_PICTURES + 1).to_pylist()
+    local = tmp_path / "here.png"
+    local.write_bytes(rows[-1]["image"])
+    server.answers |= {f"/{at}": answering(200, row["image"]) for at, row in enumerate(rows[:-1])}
+    server.answers |= {"/0": answering(404), "/1": answering(404)}
+    places = [server.url(f"/{at}") for at in range(NUM_PICTURES)] + [str(local)]
+    cells = {name: [row[name] for row in rows] for name in ("sample_id", "prompt")}
+    pq.write_table(pa.table(cells | {"image": places}), tmp_path / "rows.parquet")
+    flags = ("--input.format", "parquet", "--input.path", tmp_path / "rows.parquet", "--input.allow_urls", "true")
+    assert run(*flags, "--input.image_root", tmp_path, "--shard_rows", 4, "--output", tmp_path / "out") == 0
+    for at, row in enumerate(rows[:-1]):
+        server.answers[f"/{at}"] = answering(200, row["image"])
+    server.asked.clear()
+    return tmp_path / "out"
+
+
+def test_pictures_that_the_web_gives_otherwise_are_told_and_are_not_wrong(from_the_web: Path, server: Web) -> None:
+    untouched = said(from_the_web)
+    assert "left out   rows that are not tried again: image_missing 2" in untouched
+    assert untouched[-1].startswith(f"differing  0 of {NUM_PICTURES - 1}")
+    assert not any("on the web" in line for line in untouched)
+    server.answers |= {"/2": answering(404), "/3": server.answers["/4"], "/5": answering(200, b"no picture")}
+    lines = said(from_the_web)
+    assert "left out   pictures that changed on the web: 3" in lines
+    assert lines[-1].startswith(f"differing  0 of {NUM_PICTURES - 4}")
+
+
+def test_only_pictures_of_drawn_rows_are_fetched(from_the_web: Path, server: Web) -> None:
+    assert said(from_the_web, sample=3)[-1].startswith("differing  0 of 3")
+    assert 2 <= len(server.asked) <= 3
+    for at in range(NUM_PICTURES):
+        server.answers[f"/{at}"] = answering(404)
+    lines = said(from_the_web)
+    assert f"left out   pictures that changed on the web: {NUM_PICTURES - 2}" in lines
+    assert lines[-1].startswith("differing  0 of 1"), "the one from a file"
+
+
+def test_a_picture_that_is_no_web_address_may_not_change_though_the_web_is_allowed(from_the_web: Path) -> None:
+    rewrite(from_the_web, 2, lambda table: with_cell(table, "image_sha256", 0, "0" * 64))
+    lines = said(from_the_web, most_differing=1.0)
+    assert any("image_sha256" in line for line in lines) and "1 of 7 recomputed rows differ" in lines[-1]
+
+
+def placed(device: str, **more: Any) -> AuditConfig:
+    lvlm, clip = LvlmConfig(device=device), ClipConfig(device=device)
+    return AuditConfig(lvlm=lvlm, clip=clip, **{"engine": "local", **more})
+
+
+def test_where_the_run_computed_is_read_from_its_record_or_not_told() -> None:
+    auto, stated = placed("auto"), placed("cuda:1")
+    assert [recorded("lvlm", {"cuda": there}, auto) for there in (True, False)] == ["cuda", "cpu"]
+    assert recorded("lvlm", {}, auto) is None and recorded("clip", {}, stated) == "cuda"
+    held = placed("auto", engine="ray", cluster=ClusterConfig(generate_gpus=0.5))
+    assert recorded("lvlm", {"cuda": False}, held) == "cuda" and recorded("clip", {"cuda": False}, held) == "cpu"
+
+
+def test_fp32_is_held_to_its_own_rounding_only_where_both_runs_round_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, auto = placed("cpu"), placed("cuda"), placed("auto")
+    exact = {"clip.dtype": "float32", "lvlm.dtype": "float32"}
+    loose = dict.fromkeys(exact, "float16")
+    assert bounds({}, cpu, cpu) == (exact, ())
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        found, (clip, lvlm) = bounds({}, cuda, cuda)
+        assert found == loose and clip.startswith("clip computes on cuda, where fp32 may be TF32")
+        assert lvlm.startswith("lvlm")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert bounds({}, cuda, cuda) == (exact, ())
+        found, (clip, _) = bounds({}, cuda, cpu)
+        assert found == loose and "in the run clip computed on cuda, now on cpu" in clip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bounds({"cuda": False}, auto, auto) == (exact, ())
+    found, (clip, _) = bounds({}, auto, auto)
+    assert found == loose and "on a device that it did not record, now on cpu" in clip
+    half = dataclasses.replace(cpu, lvlm=LvlmConfig(dtype="bfloat16", device="cpu"))
+    assert bounds({}, half, half)[0]["lvlm.dtype"] == "bfloat16"
+
+
+def test_a_run_that_did_not_record_its_device_is_held_to_looser_tolerances_and_says_so(out: Path) -> None:
+    folder = RunFolder(str(out))
+    assert not any(line.startswith("rounding") for line in said(out, sample=2))
+    manifest = folder.read_json("run.json")
+    del manifest["cuda"]
+    folder.write_sealed("run.json", manifest)
+    lines = said(out, sample=2)
+    assert len([line for line in lines if line.startswith("rounding")]) == 2
+    assert lines[-1].startswith("differing  0 of 2") and lines[-1].endswith("at most 2.0% may")
 
 
 def test_folders_without_a_finished_run_are_said_to_be_such(

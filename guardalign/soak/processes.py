@@ -18,6 +18,10 @@ from typing import Final
 MARK: Final = "GUARDALIGN_SOAK"
 """environment variable that all processes of a soak carry"""
 WORKER: Final = "guardalign.worker"
+AGENTS: Final = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's own; where raylet and head are both dead they try for a minute to tell the head of it, and go then"""
+AGENTS_SHARE: Final = 5.0
+"""they get this multiple of the others' time to go"""
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,12 @@ def strike(pid: int, by: signal.Signals = signal.SIGKILL, *, group: bool = False
 
 
 def left_behind(mark: str, sessions: Collection[int], patience: float) -> list[Process]:
-    """The processes that are still there after so many seconds; these are killed."""
-    deadline = time.monotonic() + patience
-    while (left := living(mark, sessions)) and time.monotonic() < deadline:
+    """The processes that are still there after so many seconds, `AGENTS` after a multiple; these are killed."""
+    began = time.monotonic()
+    while left := living(mark, sessions):
+        share = (time.monotonic() - began) / patience if patience else AGENTS_SHARE
+        if share >= AGENTS_SHARE or (share >= 1 and any(each.program not in AGENTS for each in left.values())):
+            break
         time.sleep(0.2)
     for pid in left:
         strike(pid)

@@ -7,6 +7,7 @@ files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -94,11 +95,28 @@ def input_table(
     table: pa.Table, passed: pa.Table, columns: Columns, places: Sequence[str], root: ImageRoot
 ) -> pa.Table:
     """The rows of `table` as `INPUT_SCHEMA`, pictures read, and the columns of `passed` beside them."""
+    return with_pictures_read(decoded(table, passed, columns, places), root)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Rows whose pictures may still be files."""
+
+    rows: list[InputRow]
+    passed: pa.Table
+    """the passed-through columns"""
+
+
+def decoded(table: pa.Table, passed: pa.Table, columns: Columns, places: Sequence[str]) -> Cells:
+    """What Arrow has to decode of the rows; opens no file."""
     rows = list(_rows(table, columns, places))
-    if not _is_valid(passed):
-        rows, passed = _without_invalid(rows, passed)
-    core = to_table(with_pictures(rows, root), ())
-    for field, column in zip(passed.schema, passed.columns, strict=True):
+    return Cells(rows, passed) if _is_valid(passed) else Cells(*_without_invalid(rows, passed))
+
+
+def with_pictures_read(cells: Cells, root: ImageRoot) -> pa.Table:
+    """The rows as `INPUT_SCHEMA` and their passed-through columns; I/O errors of picture files pass."""
+    core = to_table(with_pictures(cells.rows, root), ())
+    for field, column in zip(cells.passed.schema, cells.passed.columns, strict=True):
         core = core.append_column(pa.field(field.name, field.type), column)
     return core
 

@@ -1,6 +1,7 @@
 """Parquet files: pictures as bytes, as a struct of bytes and path (as Hugging Face writes them), or as paths.
 
-The plan reads footers, ids and paths; a read opens only the row groups and columns that it needs and streams them.
+The plan reads footers, ids, paths, and of pictures what tells whether their paths count (`_references`); a read opens
+only the row groups and columns that it needs and streams them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from guardalign.config import InputConfig
 from guardalign.errors import InputError
 from guardalign.sources import arrow
 from guardalign.sources.contract import Plan, Shard, Span
+from guardalign.sources.damage import FromStore, StoreError, is_damage
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files, open_input
 from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
 from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, refuse_empty
@@ -30,6 +33,10 @@ _TEXT_ROWS = 10_000
 """Rows without pictures that are decoded at a time."""
 _BUFFER = 2**20
 """Compressed bytes held of each column, instead of its whole chunk. [bytes]"""
+_SMALL = 2**20
+"""A row group of at most so many bytes is read whole to learn which of its pictures are files. [bytes]"""
+_LOOK = 8
+"""Rows at the beginning of a larger row group that tell whether its pictures are files."""
 _REREAD = 20
 """A row group of more shards than this is worth a note: each shard decodes its group from the start."""
 
@@ -85,17 +92,30 @@ class ParquetSource:
         root = image_root(self.config, span.uri, span.name)
         columns = find_columns(self.config, parquet.schema_arrow.names, span.name)
         done = piece.first
-        try:
-            for batch in _batches(parquet, piece, _needed(self.config, columns)):
-                places = [location(span.name, done + i) for i in range(batch.num_rows)]
-                yield arrow.input_table(batch, batch.select(self.config.passthrough), columns, places, root)
-                done += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            if not _is_damage(error):
-                raise
+        for cells in self._decoded(parquet, piece, columns, span.name):
+            yield arrow.with_pictures_read(cells, root)
+            done += len(cells.rows)
         if done < piece.stop:
             rest = dataclasses.replace(piece, first=done)
             yield self._lost(parquet, rest, columns.sample_id, span.name)
+
+    def _decoded(self, parquet: pq.ParquetFile, piece: _Piece, columns: Columns, name: str) -> Iterator[arrow.Cells]:
+        """The piece's rows up to the first ones that cannot be decoded; no picture file is read here."""
+        batches = _batches(parquet, piece, _needed(self.config, columns))
+        done = piece.first
+        while True:
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                places = [location(name, done + i) for i in range(batch.num_rows)]
+                cells = arrow.decoded(batch, batch.select(self.config.passthrough), columns, places)
+            except (pa.ArrowException, OSError) as error:
+                if not is_damage(error):
+                    raise
+                return
+            yield cells
+            done += batch.num_rows
 
     def _lost(self, parquet: pq.ParquetFile, piece: _Piece, id_column: str | None, name: str) -> pa.Table:
         """Error rows under the ids that the plan knows."""
@@ -119,11 +139,14 @@ def image_root(config: InputConfig, uri: str, name: str) -> ImageRoot:
 
 @contextmanager
 def _opened(uri: str, name: str) -> Iterator[pq.ParquetFile]:
+    """The file, whose reads raise `StoreError` where its store fails, and nothing else does."""
     with open_input(uri, name) as file:
         try:
-            parquet = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
+            parquet = pq.ParquetFile(FromStore(file, name), buffer_size=_BUFFER, pre_buffer=False)
         except UnicodeDecodeError:
             raise InputError(f"{name} is damaged: the name of a column is no UTF-8") from None
+        except StoreError:
+            raise
         except (pa.ArrowException, OSError) as error:
             reason = "it may be only partly written" if "Parquet" in str(error) else str(error).splitlines()[0]
             raise InputError(f"{name} is no complete Parquet file: {reason}") from error
@@ -177,18 +200,13 @@ def _batches(parquet: pq.ParquetFile, piece: _Piece, names: Sequence[str]) -> It
             return
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether Arrow cannot decode what it read; an error of the file system is no damage."""
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
-
-
 @contextmanager
 def _planning(name: str, what: str) -> Iterator[None]:
     """`InputError` where pages that the plan rests on cannot be decoded; Arrow's own words may quote them."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if not _is_damage(error):
+        if not is_damage(error):
             raise
         raise InputError(f"{name} is damaged: its {what} cannot be decoded") from error
 
@@ -270,14 +288,41 @@ def _ids_of(config: InputConfig, file: ListedFile) -> Iterator[tuple[str, str]]:
 
 
 def _references(parquet: pq.ParquetFile, image: str | None) -> Iterator[str | None]:
-    """The picture paths of all rows that may name a file; bytes are not read to learn whether a row does.
+    """The paths of the rows whose pictures are files, and None for the others, in order.
 
-    Nor are their statistics: `ColumnChunkMetaData` of pyarrow ends the whole process over a damaged footer (26.0).
+    A struct's path counts where its bytes are null. Parquet tells nulls only together with the bytes, so a row group is
+    read whole only if it is small (at most `_SMALL` bytes), or if one of its first `_LOOK` rows lacks bytes; any other
+    group is taken to embed all its pictures, and a file that a later row of it names is missing from the listing. The
+    statistics would tell, but `ColumnChunkMetaData` of pyarrow ends the whole process over a damaged footer (26.0).
     """
     kind = pa.null() if image is None else parquet.schema_arrow.field(image).type
-    if arrow.is_path(kind):
+    parts = [field.name for field in kind] if pa.types.is_struct(kind) else []
+    if arrow.is_path(kind) or ("path" in parts and "bytes" not in parts):
         for batch in parquet.iter_batches(_TEXT_ROWS, columns=[image], use_threads=False):
-            yield from arrow.texts(pa.table(batch)[image])
-    elif pa.types.is_struct(kind) and "path" in [field.name for field in kind]:
-        for batch in parquet.iter_batches(_TEXT_ROWS, columns=[f"{image}.path"], use_threads=False):
             yield from arrow.pictures(pa.table(batch)[image])[1]
+    elif "path" in parts:
+        for group in range(parquet.metadata.num_row_groups):
+            yield from _references_of_group(parquet, group, str(image))
+
+
+def _references_of_group(parquet: pq.ParquetFile, group: int, image: str) -> Iterator[str | None]:
+    """See `_references`; rows that cannot be decoded will be error rows, and name no file."""
+    rows = parquet.metadata.row_group(group)
+    done = 0
+    try:
+        if rows.total_byte_size <= _SMALL or _lacks_bytes(parquet, group, image):
+            names = [f"{image}.bytes", f"{image}.path"]
+            for batch in parquet.iter_batches(_PICTURE_ROWS, row_groups=[group], columns=names, use_threads=False):
+                yield from arrow.pictures(pa.table(batch)[image])[1]
+                done += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+    yield from repeat(None, rows.num_rows - done)
+
+
+def _lacks_bytes(parquet: pq.ParquetFile, group: int, image: str) -> bool:
+    """Whether one of the group's first rows does."""
+    batches = parquet.iter_batches(_LOOK, row_groups=[group], columns=[f"{image}.bytes"], use_threads=False)
+    first = next(batches, None)
+    return first is not None and pc.struct_field(pa.table(first)[image], "bytes").null_count > 0

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
@@ -116,11 +118,39 @@ def with_picture(row: InputRow, root: ImageRoot) -> InputRow:
 
 def with_pictures(rows: Sequence[InputRow], root: ImageRoot) -> list[InputRow]:
     """`rows` with their pictures read; several at once where they come from the web."""
-    num_urls = sum(row.image_reference is not None and is_url(row.image_reference) for row in rows)
-    if root.web is None or num_urls == 0:
+    from_web = {row.sample_id for row in rows if row.image_reference is not None and is_url(row.image_reference)}
+    if root.web is None or not from_web:
         return [with_picture(row, root) for row in rows]
-    with ThreadPoolExecutor(min(FETCHES, num_urls)) as threads:
+    if (only := _FETCHING.get()) is not None:
+        left = from_web - only.wanted
+        only.fetched.update(from_web & only.wanted)
+        rows = [replace(row, image_reference=None) if row.sample_id in left else row for row in rows]
+    with ThreadPoolExecutor(min(FETCHES, len(from_web))) as threads:
         return list(threads.map(partial(with_picture, root=root), rows))
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Which rows' pictures are fetched from the web."""
+
+    wanted: frozenset[str]
+    """sample ids; the pictures of all others are left out without a word"""
+    fetched: set[str] = field(default_factory=set)
+    """of these, those whose picture is named by a web address, filled as rows are read"""
+
+
+_FETCHING: ContextVar[Fetching | None] = ContextVar("_FETCHING", default=None)
+
+
+@contextmanager
+def fetching_only(sample_ids: Iterable[str]) -> Iterator[Fetching]:
+    """Meanwhile nothing is fetched for other rows than these; for readers who want some rows of a shard."""
+    found = Fetching(frozenset(sample_ids))
+    before = _FETCHING.set(found)
+    try:
+        yield found
+    finally:
+        _FETCHING.reset(before)
 
 
 def web_limits(config: InputConfig) -> WebLimits | None:

@@ -199,14 +199,16 @@ def _connected(target: _Target, addresses: list[str], visit: _Visit) -> Iterator
     connection = _connect(target, addresses, visit)
     opened = connection.sock
     assert opened is not None
-    timer = threading.Timer(visit.left, _shut, [opened])
-    timer.daemon = True
-    timer.start()
     try:
-        connection.timeout = visit.left + 1  # for every wait from here on: the timer comes first
-        yield connection
+        timer = threading.Timer(visit.left, _shut, [opened])
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.timeout = visit.left + 1  # for every wait from here on: the timer comes first
+            yield connection
+        finally:
+            timer.cancel()
     finally:
-        timer.cancel()
         connection.close()
         opened.close()
 

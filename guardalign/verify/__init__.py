@@ -2,13 +2,15 @@
 
     files       every file that run.json lists is there and as it was written, none is beside them; counts, ids, schema
     input       the input still is what was audited
-    recompute   some rows, read and worked on again, in other batches than the run's, column by column
+    recompute   some rows, read and worked on again, in other batches than the run's, column by column; not those whose
+                pictures the web gives otherwise now
 
 Each thing that is wrong is one line. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from guardalign.rescore import is_evaluation
 from guardalign.results import RunFolder
 from guardalign.verify.agreement import Agreement, agreement_lines
 from guardalign.verify.files import KEYS, file_problems
-from guardalign.verify.recompute import Recomputation, input_problems, planned, recomputed
+from guardalign.verify.recompute import Recomputation, input_problems, planned, recomputed, settings
 from guardalign.verify.sample import Drawn, draw
 
 
@@ -38,7 +40,7 @@ class Asked:
     flags: tuple[str, ...] = ()
     """settings over those: where things lie and run, nothing that rows depend on"""
     most_differing: float | None = None
-    """largest share of rows that may differ, in [0, 1]; None: 0 where all models are fp32, else 0.02"""
+    """largest share of rows that may differ, in [0, 1]; None: 0 where all models round as fp32, else 0.02"""
     judge: bool = False
     """a judge behind an endpoint is asked again"""
 
@@ -54,6 +56,7 @@ def verify(asked: Asked, say: Say = print) -> int:
     """Checks the run and says what it found; returns 0. Raises `RunFailedError` where something is wrong."""
     folder = RunFolder(asked.out)
     manifest = _manifest(folder)
+    _check_settings(folder, manifest, asked)
     _refuse("the files are not those of the run; nothing was recomputed", file_problems(folder, manifest), folder, say)
     rows, num_files = manifest["totals"]["rows"], len(manifest["files"])
     say(f"files      {num_files:,} files, {rows:,} rows: checksums, counts, ids and schema hold")
@@ -86,6 +89,18 @@ def _manifest(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
+def _check_settings(folder: RunFolder, manifest: Mapping[str, Any], asked: Asked) -> None:
+    """`ConfigError` for a setting that is no setting, or has no use, before files are read for hours."""
+    if asked.sample and not is_evaluation(folder):
+        if asked.files or asked.flags:
+            settings(manifest, asked.files, asked.flags)
+        return
+    given = [f"--config {file}" for file in asked.files] + ([" ".join(asked.flags)] if asked.flags else [])
+    given += ["--judge"] if asked.judge else []
+    given += ["--most_differing"] if asked.most_differing is not None else []
+    require(not given, f"settings ({', '.join(given)}) have no effect: nothing is recomputed")
+
+
 def _refuse(sentence: str, problems: list[str], folder: RunFolder, say: Say) -> None:
     """One line a problem, then the end."""
     for problem in problems:
@@ -99,12 +114,15 @@ def _verify_rows(folder: RunFolder, manifest: dict[str, Any], asked: Asked, say:
     work = planned(manifest, asked.files, asked.flags, asked.judge)
     _refuse("rows cannot be recomputed", input_problems(folder, manifest, work), folder, say)
     say(f"input      {len(work.prepared.plan.files):,} files, as they were; models and settings, too")
-    drawn = draw(folder, asked.sample, asked.seed, work.asks_judge)
+    drawn = draw(folder, asked.sample, asked.seed, work.asks_judge, not work.prepared.config.input.allow_urls)
     for line in _plan_lines(drawn, work, manifest["totals"]["rows"], asked.seed):
         say(line)
     if not drawn.num_rows:
         return
-    found = Agreement.between(recomputed(folder, work, drawn, asked.seed), work.tolerances)
+    changed: list[str] = []
+    found = Agreement.between(recomputed(folder, work, drawn, asked.seed, changed), work.tolerances)
+    if changed:
+        say(f"left out   pictures that changed on the web: {len(changed):,}")
     most = asked.most_differing
     most = (0.0 if work.is_exact else MOST_DIFFERING) if most is None else most
     for line in agreement_lines(found, most):
@@ -125,6 +143,7 @@ def _plan_lines(drawn: Drawn, work: Recomputation, rows: int, seed: int) -> list
     if drawn.left_out:
         listed = ", ".join(f"{kind} {count:,}" for kind, count in sorted(drawn.left_out.items()))
         lines.append(f"left out   rows that are not tried again: {listed}")
+    lines += [f"rounding   {doubt}" for doubt in work.doubts]
     if not work.asks_judge:
         lines.append("verdicts   not compared: the judge is behind an endpoint; --judge asks it again")
     return lines

@@ -7,7 +7,7 @@ compared. Knows nothing of how rows are compared.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -15,18 +15,21 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from guardalign.audit import Prepared, prepare, reconcile
-from guardalign.config import AuditConfig, Choice, to_plain
+from guardalign.config import AuditConfig, Choice, Dtype
 from guardalign.errors import ConfigError, InputError, RunFailedError
-from guardalign.fingerprint import changed_files, differences, flat, science
+from guardalign.fingerprint import changed_files, differences, science
 from guardalign.pipeline import Stage, steps
 from guardalign.reading import read_shard
 from guardalign.results import Receipt, RunFolder, shard_name
 from guardalign.schema import result_schema, to_result
 from guardalign.settings import load_settings, refuse_settings
+from guardalign.sources.pictures import fetching_only
 from guardalign.verify.agreement import GROUPS
+from guardalign.verify.devices import bounds
 from guardalign.verify.sample import Drawn
 from guardalign.working import chunks
 
@@ -48,15 +51,20 @@ class Recomputation:
     asks_judge: bool
     """False leaves verdicts out: the judge is an endpoint, and shall not be asked"""
 
+    precisions: Mapping[str, Dtype]
+    """by number-format setting, the format whose rounding bounds what may differ (`devices.bounds`)"""
+    doubts: tuple[str, ...]
+    """sentences on models that are held to looser tolerances than their number format's"""
+
     @property
     def is_exact(self) -> bool:
-        """Every model of the run computes in fp32."""
-        return set(dtypes(self.prepared.config).values()) == {"float32"}
+        """Every model of the run rounds as fp32, then and now."""
+        return set(self.precisions.values()) == {"float32"}
 
     @property
     def tolerances(self) -> dict[str, float]:
         """For every group that is compared, how far its numbers may differ."""
-        detects = dtypes(self.prepared.config).get("clip.dtype", "float32") == "float32"
+        detects = self.precisions.get("clip.dtype", "float32") == "float32"
         after = FP32_TOLERANCE if self.is_exact else HALF_TOLERANCE
         found = dict.fromkeys(GROUPS, after) | {
             "sample": 0.0,
@@ -72,25 +80,28 @@ class Recomputation:
         return [step.make() for step in steps(config, self.prepared.taxonomy)]
 
 
-def dtypes(config: AuditConfig) -> dict[str, str]:
-    """The number formats of the models that take part, by setting."""
-    found = {name: str(value) for name, value in flat(to_plain(config)) if name.rpartition(".")[2].endswith("dtype")}
-    return {name: value for name, value in found.items() if name != "clip.dtype" or config.detector.name != "none"}
-
-
-def planned(manifest: Mapping[str, Any], files: Sequence[str], flags: Sequence[str], judge: bool) -> Recomputation:
-    """The run of this manifest, planned anew; `ConfigError` for settings that would compute something else."""
+def settings(
+    manifest: Mapping[str, Any], files: Sequence[str], flags: Sequence[str]
+) -> tuple[AuditConfig, AuditConfig]:
+    """The run's settings, alone and under these files and flags; `ConfigError` for ones that would compute something
+    else."""
     refuse_settings([], flags, NO_PLACE, "has no place in guardalign verify: it takes the run's own")
     own, now = _settings(manifest["config"], files, flags)
     changes = differences(science(own, {}, {}, ""), science(now, {}, {}, ""))
     if changes:
         raise ConfigError(f"verify computes what the run has computed: {changes[0]}; leave that setting out")
+    return own, now
+
+
+def planned(manifest: Mapping[str, Any], files: Sequence[str], flags: Sequence[str], judge: bool) -> Recomputation:
+    """The run of this manifest, planned anew; raises as `settings` does."""
+    own, now = settings(manifest, files, flags)
     try:
         prepared = prepare(replace(now, self_check=False))
     except InputError as error:
         sentence = "if the input lies elsewhere now, say so with --input.path"
         raise RunFailedError(f"rows cannot be recomputed: {error}; {sentence}") from None
-    return Recomputation(prepared, judge or now.judge.name != ENDPOINT)
+    return Recomputation(prepared, judge or now.judge.name != ENDPOINT, *bounds(manifest, own, now))
 
 
 def _settings(plain: Mapping[str, Any], files: Sequence[str], flags: Sequence[str]) -> tuple[AuditConfig, AuditConfig]:
@@ -124,8 +135,12 @@ def input_problems(folder: RunFolder, manifest: Mapping[str, Any], work: Recompu
     return problems
 
 
-def recomputed(folder: RunFolder, work: Recomputation, drawn: Drawn, seed: int) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """The drawn rows as they are stored, and computed again: shuffled, so that batches are others than the run's."""
+def recomputed(
+    folder: RunFolder, work: Recomputation, drawn: Drawn, seed: int, changed: list[str]
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The drawn rows as they are stored, and computed again: shuffled, so that batches are others than the run's.
+
+    Rows whose picture the web gives otherwise now, or not at all, are left out; their ids go into `changed`."""
     import torch
 
     config = work.prepared.config
@@ -135,9 +150,23 @@ def recomputed(folder: RunFolder, work: Recomputation, drawn: Drawn, seed: int) 
     for some in chunks(drawn.places, config.shard_rows):
         order = random.permutation(len(some))
         stored = _taken(some, lambda shard: folder.read_table(shard_name(shard))).take(order)
-        begun = _taken(some, lambda shard: read_shard(work.prepared.source, work.prepared.plan.shards[shard]))
-        done = reduce(lambda table, stage: stage(table), stages, begun.take(order).combine_chunks())
+        with fetching_only(stored["sample_id"].to_pylist()) as fetching:
+            begun = _taken(some, lambda shard: read_shard(work.prepared.source, work.prepared.plan.shards[shard]))
+        begun = begun.take(order)
+        same = _same_pictures(stored, begun, fetching.fetched)
+        changed += stored.filter(pc.invert(same))["sample_id"].to_pylist()
+        stored, begun = stored.filter(same), begun.filter(same)
+        if not stored.num_rows:
+            continue
+        done = reduce(lambda table, stage: stage(table), stages, begun.combine_chunks())
         yield stored, to_result(done, schema)
+
+
+def _same_pictures(stored: pa.Table, begun: pa.Table, from_web: Collection[str]) -> pa.Array:
+    """By row, False for a picture from the web that is another now, or that cannot be had any more."""
+    then, now = stored["image_sha256"].to_pylist(), begun["image_sha256"].to_pylist()
+    rows = zip(stored["sample_id"].to_pylist(), then, now, strict=True)
+    return pa.array([sample_id not in from_web or one == other for sample_id, one, other in rows], pa.bool_())
 
 
 def _taken(places: Sequence[tuple[int, int]], read: Any) -> pa.Table:

@@ -20,6 +20,8 @@ Places: TypeAlias = NDArray[np.int64]
 """rows as shard · 2^32 + position"""
 LEFT_OUT: Final[tuple[ErrorKind, ...]] = ("killed_worker", "timed_out", "out_of_memory")
 """Error kinds that are not tried again: they would do to this process what they did to their worker."""
+READ_ERRORS: Final[tuple[ErrorKind, ...]] = ("image_missing", "image_unreadable", "image_too_large")
+"""Error kinds of reading that the web may have caused, and may not cause again."""
 KEPT_SHARE: Final = 4
 """one row in this many is kept for error rows, and as many for flagged ones"""
 
@@ -41,9 +43,12 @@ class Drawn:
         return len(self.places)
 
 
-def draw(folder: RunFolder, number: int, seed: int, with_judge_errors: bool = True) -> Drawn:
-    """`number` rows of the run, or all of them; without those that only the judge, unasked, could give up again."""
-    strata, left_out = _strata(folder, with_judge_errors)
+def draw(
+    folder: RunFolder, number: int, seed: int, with_judge_errors: bool = True, with_read_errors: bool = True
+) -> Drawn:
+    """`number` rows of the run, or all of them; without those that only the judge, unasked, could give up again, and
+    without pictures that were not to be had, where these may come from the web."""
+    strata, left_out = _strata(folder, with_judge_errors, with_read_errors)
     random = np.random.default_rng(seed)
     shuffled = {name: random.permutation(places) for name, places in strata.items()}
     kept = -(-number // KEPT_SHARE)
@@ -55,7 +60,9 @@ def draw(folder: RunFolder, number: int, seed: int, with_judge_errors: bool = Tr
     return Drawn(tuple((int(each >> 32), int(each & 0xFFFFFFFF)) for each in taken), counts, left_out)
 
 
-def _strata(folder: RunFolder, with_judge_errors: bool) -> tuple[dict[str, Places], Counter[str]]:
+def _strata(
+    folder: RunFolder, with_judge_errors: bool, with_read_errors: bool
+) -> tuple[dict[str, Places], Counter[str]]:
     """Every row that may be drawn, by what it is."""
     found: dict[str, list[Places]] = {"error rows": [], "flagged": [], "others": []}
     left_out: Counter[str] = Counter()
@@ -63,6 +70,8 @@ def _strata(folder: RunFolder, with_judge_errors: bool) -> tuple[dict[str, Place
         table = folder.read_table(name, ["error_kind", "error_stage", "flagged"])
         kind, stage, flagged = (np.array(table[column].to_pylist(), object) for column in table.column_names)
         out = np.isin(kind.astype(str), LEFT_OUT)
+        if not with_read_errors:
+            out |= (stage == "read") & np.isin(kind.astype(str), READ_ERRORS)
         left_out.update(kind[out])
         if not with_judge_errors:
             unasked = ~out & (stage == "judge")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from guardalign.config import InputConfig
 from guardalign.errors import InputError
-from guardalign.sources import make_source
+from guardalign.sources import files, make_source, pictures
+from guardalign.sources.damage import StoreError
 
 
 def _write(path: Path, columns: dict[str, Any], row_group_size: int = 1000) -> Path:
@@ -31,25 +34,25 @@ def _struct(cells: list[tuple[bytes | None, str | None] | None]) -> pa.Array:
 
 
 def test_bytes_structs_and_paths_give_the_same_pictures(tmp_path, png, read_all):
-    pictures = [png(i) for i in range(5)]
-    for i, picture in enumerate(pictures):
+    encoded = [png(i) for i in range(5)]
+    for i, picture in enumerate(encoded):
         (tmp_path / f"{i}.png").write_bytes(picture)
     names = [f"{i}.png" for i in range(5)]
     forms = {
-        "binary": pa.array(pictures, pa.binary()),
-        "large": pa.array(pictures, pa.large_binary()),
-        "struct": _struct([(picture, None) for picture in pictures]),
-        "mixed": _struct([(picture if i % 2 else None, names[i]) for i, picture in enumerate(pictures)]),
+        "binary": pa.array(encoded, pa.binary()),
+        "large": pa.array(encoded, pa.large_binary()),
+        "struct": _struct([(picture, None) for picture in encoded]),
+        "mixed": _struct([(picture if i % 2 else None, names[i]) for i, picture in enumerate(encoded)]),
         "path": pa.array(names),
         "large_path": pa.array(names, pa.large_string()),
     }
     for name, images in forms.items():
         path = _write(tmp_path / f"{name}.parquet", {"prompt": ["p"] * 5, "image": images}, 2)
         plan, rows = read_all(_config(path))
-        assert [row["image"] for row in rows] == pictures, name
+        assert [row["image"] for row in rows] == encoded, name
         assert [row["source"] for row in rows] == [f"{name}.parquet#{i}" for i in range(5)]
-        refers = name in ("mixed", "path", "large_path")  # of a mixed column all paths count: its bytes stay unread
-        assert {file.path for file in plan.files} == {path.name, *(names if refers else ())}
+        refers = {"mixed": names[::2], "path": names, "large_path": names}.get(name, [])
+        assert {file.path for file in plan.files} == {path.name, *refers}
 
 
 def test_a_missing_picture_a_null_picture_and_a_null_prompt(tmp_path, png, read_all):
@@ -217,3 +220,120 @@ def test_memory_uris(memory, tmp_path, png, read_all):
         plan, rows = read_all(_config(typed))
         assert [row["image"] for row in rows] == [png(1), png(2)]
         assert [file.path.split("/")[-1] for file in plan.files] == ["a.parquet", "1.png", "2.png"]
+
+
+# Stores that fail, and damage
+
+
+class Failing(io.BytesIO):
+    """A file of which bytes at and after `sound` cannot be had: an error without errno, or fewer bytes."""
+
+    def __init__(self, content: bytes, sound: int, gives_less: bool) -> None:
+        super().__init__(content)
+        self._sound, self._gives_less = sound, gives_less
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        first = self.tell()
+        content = super().read(size)
+        if first + len(content) <= self._sound:
+            return content
+        if self._gives_less:
+            return content[: max(0, self._sound - first)]
+        raise OSError("Forbidden: the token expired")
+
+
+@pytest.mark.parametrize("gives_less", [False, True])
+def test_a_store_that_fails_within_a_file_is_no_damage_of_it(tmp_path, monkeypatch, gives_less):
+    texts = [hashlib.sha512(str(i).encode()).hexdigest() * 8 for i in range(5000)]
+    path = _write(tmp_path / "a.parquet", {"sample_id": texts, "prompt": texts}, 1000)
+    source = make_source(_config(path))
+    [shard] = source.plan(5000, None).shards
+    content = path.read_bytes()
+    for sound in (0, len(content) // 2, len(content) - 1):
+        monkeypatch.setattr(files, "open_file", lambda uri, sound=sound: Failing(content, sound, gives_less))
+        for step in (lambda: source.read(shard), lambda: source.plan(5000, None)):
+            with pytest.raises(StoreError, match=r"^a\.parquet cannot be read: ") as found:
+                step()
+            assert isinstance(found.value, OSError) and "\n" not in str(found.value)
+
+
+def test_a_store_that_fails_over_a_picture_stops_the_read_and_costs_no_row(tmp_path, png, monkeypatch):
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    path = _write(tmp_path / "a.parquet", {"prompt": ["p"] * 6, "image": [f"{i}.png" for i in range(6)]})
+    source = make_source(_config(path))
+    [shard] = source.plan(6, None).shards
+    opened = pictures.open_file
+
+    def fails(uri: str) -> Any:
+        if uri.endswith("3.png"):
+            raise OSError("Forbidden: the token expired")
+        return opened(uri)
+
+    monkeypatch.setattr(pictures, "open_file", fails)
+    with pytest.raises(OSError, match="Forbidden"):
+        source.read(shard)
+
+
+def test_want_of_memory_is_no_damage(tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.parquet", {"prompt": ["p"] * 6, "image": ["0.png"] * 6})
+    source = make_source(_config(path))
+    [shard] = source.plan(6, None).shards
+
+    def starved(*_: Any, **__: Any) -> Any:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", starved)
+    for step in (lambda: source.read(shard), lambda: source.plan(6, None)):
+        with pytest.raises(MemoryError):
+            step()
+
+
+# Which pictures are files
+
+
+def _big(number: int) -> bytes:
+    return bytes([number]) * 100_000
+
+
+def test_paths_beside_embedded_pictures_name_no_file(tmp_path, png):
+    (tmp_path / "near.png").write_bytes(png(1))
+    for size in (1, 300_000):  # a row group that is read whole, and one of which the first rows are looked at
+        images = _struct([(png(i) * size, "near.png") for i in range(20)])
+        path = _write(tmp_path / "a.parquet", {"prompt": ["p"] * 20, "image": images}, 10)
+        assert [file.path for file in make_source(_config(path)).plan(5, None).files] == ["a.parquet"]
+
+
+def test_rows_without_bytes_name_files_in_every_row_group_where_one_stands_at_the_beginning(tmp_path, png):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(png(1))
+    embeds = [(_big(i), "c.png") for i in range(30)]
+    groups = [embeds, [*embeds[:5], (None, "a.png"), *embeds[:23], (None, "b.png")], embeds]
+    images = _struct([cell for group in groups for cell in group])
+    path = _write(tmp_path / "x.parquet", {"prompt": ["p"] * 90, "image": images}, 30)
+    plan = make_source(_config(path)).plan(5, None)
+    assert [file.path for file in plan.files] == ["x.parquet", "a.png", "b.png"]
+
+
+def test_a_plan_looks_only_at_the_first_of_many_embedded_pictures(counting):
+    images = _struct([(bytes([i % 251]) * 200_000, "x.png") for i in range(60)])
+    raw = pa.BufferOutputStream()
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 1, "data_page_size": 1}
+    pq.write_table(pa.table({"prompt": ["x"] * 60, "image": images}), raw, row_group_size=30, **options)
+    counting().pipe({"/in/a.parquet": raw.getvalue().to_pybytes()})
+    make_source(_config("counting://in/a.parquet")).plan(5, None)
+    assert counting.num_bytes_read < 2 * (8 * 200_000 + 2**20 + 200_000) + 150_000  # of 12 MB
+
+
+def test_damaged_picture_bytes_beside_paths_cost_their_rows_and_not_the_plan(tmp_path, read_all):
+    images = _struct([(bytes([i]) * 9, "x.png") for i in range(6)])
+    path = _write(tmp_path / "a.parquet", {"prompt": ["p"] * 6, "image": images}, 2)
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    whole = path.read_bytes()
+    path.write_bytes(
+        whole[:start] + b"\xff" * chunk.total_compressed_size + whole[start + chunk.total_compressed_size :]
+    )
+    plan, rows = read_all(_config(path))
+    assert [row["error_kind"] for row in rows] == [None, None, "row_unreadable", "row_unreadable", None, None]
+    assert [file.path for file in plan.files] == ["a.parquet"]

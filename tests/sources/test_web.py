@@ -316,6 +316,36 @@ def test_more_bytes_than_allowed_are_refused_whatever_the_server_says_of_them(an
     assert len(server.asked) == 1
 
 
+def test_a_chunk_size_without_an_end_is_left_after_few_bytes(server: Web) -> None:
+    sent = [0]
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while sent[0] < 10**8:
+            handler.wfile.write(b"0" * 100_000)
+            sent[0] += 100_000
+
+    server.answers["/a.png"] = answer
+    assert refusal(server.url("/a.png")).kind == "image_missing"
+    assert 0 < sent[0] < 3 * 2 * 10**7, "what the connection's buffers take in three attempts, and not all of it"
+
+
+def test_a_deadline_that_passes_while_connecting_leaves_no_open_connection(
+    server: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = []
+
+    def late(target: Any, addresses: list[str], visit: Any) -> Any:
+        connections.append(connect(target, addresses, visit))
+        time.sleep(0.4)
+        return connections[0]
+
+    connect = web._connect
+    monkeypatch.setattr(web, "_connect", late)
+    assert "within 0.3 s" in str(refusal(server.url("/a.png"), WebLimits(0.3, 100)))
+    assert [connection.sock for connection in connections] == [None]
+
+
 def test_exactly_the_allowed_bytes_are_read(server: Web) -> None:
     server.answers["/a.png"] = say(200, b"x" * 100_000)
     assert len(fetch(server.url("/a.png"), "a17", LIMITS)) == 100_000
