@@ -87,9 +87,9 @@ def killed_at(point: str, visit: int, out: Path, faults: Path, *, is_careless: b
         ("read.shard", 3),
         ("commit.begin", 2),
         ("write.half", 1),  # the first file of all
-        ("write.half", 9),
+        ("write.half", 8),  # a shard
         ("write.whole", 8),
-        ("write.renamed", 7),
+        ("write.renamed", 8),
         ("manifest.begin", 1),
     ],
 )
@@ -384,3 +384,12 @@ def test_poison_rows_cost_what_is_promised_and_no_other_row(tmp_path: Path) -> N
     for price in prices_of(tmp_path, ("generate",)):
         assert price.is_kept, price
         assert set(price.errors) == set(HARMS)
+
+
+@pytest.mark.parametrize(("is_fatal", "failed"), [(True, 0), (False, 1)])
+def test_a_run_that_ends_of_what_it_is_to_survive_is_a_fault(tmp_path: Path, is_fatal: bool, failed: int) -> None:
+    here = a_round(tmp_path)
+    here.kills.append(Kill("worker of detect", "ray", 0.5, "detect.shard", 1, is_fatal))
+    here._blame([0])
+    assert not here.kills[0].is_survived
+    assert here.findings.failed == failed

@@ -41,7 +41,7 @@ class Findings:
     hung: int = 0
     """starts that made no progress until they were ended"""
     failed: int = 0
-    """starts that ended in an error although nothing was done to them"""
+    """starts that ended in an error although nothing was done to them, or nothing that a run does not survive"""
     tracebacks: int = 0
     """starts that ended in a traceback"""
 

@@ -191,6 +191,8 @@ class Round:
         """Of the kills of a start that died, the one that it did not survive."""
         fatal = [index for index in dealt if self.kills[index].is_fatal]
         worst = (fatal or list(dealt))[-1]
+        place = self.kills[worst].place
+        self._note("failed", not fatal, f"exit code not 0 after {place}, which a run is to survive")
         self.kills[worst] = replace(self.kills[worst], is_survived=False)
 
     def _note(self, figure: str, count: int, *sentences: str) -> None:

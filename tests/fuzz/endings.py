@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from runs import run, table
 from guardalign.errors import ERROR_KINDS
 from tests.fuzz.corpus_tables import SECRET, TableCase
 
+AT_LENGTH = int(os.environ.get("GUARDALIGN_FUZZ", "1000"))
+"""examples of the long property tests"""
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".tar": "webdataset"}
 LONGEST_LINE = 1_000
 """of a refusal [characters]: whoever reads it has a terminal"""

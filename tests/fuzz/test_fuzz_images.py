@@ -34,7 +34,7 @@ from tests.fuzz.corpus_pictures import (
     small_png,
     tiff,
 )
-from tests.fuzz.endings import rows_must_be
+from tests.fuzz.endings import AT_LENGTH, rows_must_be
 
 PICTURES = pictures()
 LIMIT = 1_000_000
@@ -150,7 +150,7 @@ def test_any_fields_are_a_picture_or_a_row_error(name: str, capfd: pytest.Captur
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_any_fields_are_a_picture_or_a_row_error_at_length(name: str) -> None:
-    check_fields(name, 20_000)()
+    check_fields(name, AT_LENGTH)()
 
 
 # ---- limits

@@ -42,7 +42,7 @@ from guardalign.models.qformer import IDS
 from guardalign.models.vocabulary import control_tokens, without_added_tokens
 from guardalign.types import Case, Cost, Reply, Sample
 from tests.fuzz.corpus_prompts import CONTROLS, MILLION, TURNS, prompts
-from tests.fuzz.endings import rows_must_be
+from tests.fuzz.endings import AT_LENGTH, rows_must_be
 from tests.small_guards import GUARD_TEMPLATE, PARTS_TEMPLATE, guard_tokenizer
 from tests.small_lvlms import FAMILIES_BY_TURNS, picture, small_lvlm
 
@@ -173,7 +173,7 @@ def test_no_text_leaves_the_users_turn(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
 def test_no_text_leaves_the_users_turn_at_length(family: str) -> None:
-    check_texts(family, 3000)()
+    check_texts(family, AT_LENGTH // 5)()
 
 
 @pytest.mark.parametrize("family", FAMILIES_BY_TURNS)

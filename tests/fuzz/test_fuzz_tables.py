@@ -14,7 +14,7 @@ from guardalign.config import InputConfig
 from guardalign.errors import ERROR_KINDS, InputError, UserError
 from guardalign.sources import make_source, records
 from tests.fuzz.corpus_tables import SECRET, lines, parquet, tables, two
-from tests.fuzz.endings import FORMATS, must_end
+from tests.fuzz.endings import AT_LENGTH, FORMATS, must_end
 
 TABLES = tables()
 BY_TURNS = [
@@ -107,7 +107,7 @@ def test_any_bytes_are_rows_or_a_refusal(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOUND)
 def test_any_bytes_are_rows_or_a_refusal_at_length(name: str, tmp_path: Path) -> None:
-    check_mutations(name, 10_000, tmp_path)()
+    check_mutations(name, AT_LENGTH, tmp_path)()
 
 
 # ---- limits

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.corpus_tables import SECRET
 from tests.fuzz.corpus_tars import BLOCK, TEXT, bombs, header, member, padded, pax, raw, tar, tars
-from tests.fuzz.endings import must_end
+from tests.fuzz.endings import AT_LENGTH, must_end
 from tests.fuzz.test_fuzz_tables import EDITS, Edit, mutated, read
 
 TARS = tars()
@@ -119,9 +119,9 @@ def test_any_headers_are_rows_or_a_refusal(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOUND)
 def test_any_bytes_are_rows_or_a_refusal_at_length(name: str, tmp_path: Path) -> None:
-    check_mutations(name, 10_000, tmp_path)()
+    check_mutations(name, AT_LENGTH, tmp_path)()
 
 
 @pytest.mark.slow
 def test_any_headers_are_rows_or_a_refusal_at_length(tmp_path: Path) -> None:
-    check_headers(20_000, tmp_path)()
+    check_headers(AT_LENGTH, tmp_path)()
