@@ -344,6 +344,7 @@ def blind(nodes: Nodes, tmp_path: Path) -> Iterator[Path]:
     node.wait(60)
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_see_the_output_is_named_before_anything_is_written(nodes: Nodes, blind: Path) -> None:
     """A pool on that node would write where nobody reads."""
     nodes.add(2)

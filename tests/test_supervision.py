@@ -368,7 +368,9 @@ class Chattering:
         )
 
 
-@pytest.mark.parametrize(("harm", "kind"), [("memory", "out_of_memory"), ("hang", "timed_out")])
+@pytest.mark.parametrize(
+    ("harm", "kind"), [("memory", "out_of_memory"), pytest.param("hang", "timed_out", marks=pytest.mark.slow)]
+)
 def test_limits_hold_for_a_worker_that_is_never_silent(worker: Any, harm: str, kind: str) -> None:
     found = worker(Chattering(harm), shard_seconds=4 if harm == "hang" else 60, worker_gib=1.0)(shard())
     assert outcome(found) == expected(d=kind)

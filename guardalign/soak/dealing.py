@@ -20,9 +20,9 @@ AT: Final = "at "
 """a crash point's name in the deck begins so"""
 USED: Final = tuple(point for point in POINTS if point != "judge.shard")
 """crash points that an audit without a third pool comes by"""
-MOST_VISITS: Final = 4
+MOST_VISITS: Final = 3
 """a crash point strikes at a visit drawn from 1 to this"""
-JITTER: Final = 0.6
+JITTER: Final = 0.3
 """a kill comes so long after its shard was committed, at most [s]"""
 EARLY: Final = 12.0
 """a kill that waits for no shard comes so long after the one before, at most [s]"""

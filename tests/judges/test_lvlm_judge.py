@@ -98,7 +98,8 @@ def test_options_of_another_model_warn_where_the_target_judges(caplog: pytest.Lo
     assert "judge.dtype has no effect" in caplog.text
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
 def test_the_target_is_loaded_once_and_both_stages_count_their_own_calls(
     engine: str, tmp_path: Path, ray_cluster: None
 ) -> None:
