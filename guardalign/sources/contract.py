@@ -38,7 +38,7 @@ class InputFile:
     size: int
     """[bytes]"""
     etag: str
-    """local files: mtime in ns; remote ones: the store's etag, checksum or time of change"""
+    """local files: mtime in ns (the package's own: SHA-256); remote ones: the store's etag, checksum or time"""
 
 
 @dataclass(frozen=True, slots=True)

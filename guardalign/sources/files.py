@@ -5,6 +5,7 @@ Local paths and fsspec URIs alike. Knows nothing of what the files hold.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import fsspec
 from guardalign.errors import InputError
 from guardalign.sources.contract import InputFile
 
+_PACKAGE = Path(__file__).parents[1]
 _MAGIC = re.compile(r"[*?\[]")
 _REMOTE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _ETAG_KEYS = (
@@ -230,10 +232,18 @@ def _entry(file_system: Any, inner_base: str, found: Mapping[str, Any]) -> _Entr
     relative = name[len(inner_base.rstrip("/")) :].lstrip("/")
     if _is_local(file_system):
         stat = Path(name).stat()
-        return _Entry(relative, stat.st_size, str(stat.st_mtime_ns))
+        return _Entry(relative, stat.st_size, _local_etag(Path(name), stat.st_mtime_ns))
     etag = next((found[key] for key in _ETAG_KEYS if found.get(key) is not None), "")
     text = etag.isoformat() if hasattr(etag, "isoformat") else str(etag)
     return _Entry(relative, int(found["size"] or 0), text)
+
+
+def _local_etag(path: Path, mtime_ns: int) -> str:
+    """The time of change; of the package's own files the content, which another installation leaves as it is."""
+    if _PACKAGE not in path.parents:
+        return str(mtime_ns)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_local(file_system: Any) -> bool:
