@@ -32,12 +32,14 @@ from guardalign.faults import reach
 from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science
 from guardalign.journal import FOLDER as JOURNAL
 from guardalign.judges import judge_of, pinned
+from guardalign.lock import Lock
 from guardalign.micro import NOTICE, is_embedded, resolve_clip, resolve_input, resolve_lvlm, resolve_taxonomy
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, steps
 from guardalign.progress import Progress
-from guardalign.results import Lock, Receipt, RunFolder, ShardWriter, shard_name
+from guardalign.receipts import Receipt
+from guardalign.results import RunFolder, ShardWriter, shard_name
 from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
 from guardalign.sources import Plan, Shard, Source, make_source
 from guardalign.sources.planning import IdLedger

@@ -32,8 +32,9 @@ from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, Step, scoring_steps
 from guardalign.progress import Progress
+from guardalign.receipts import Receipt
 from guardalign.rescore import open_finished
-from guardalign.results import Receipt, RunFolder, ShardWriter, shard_name
+from guardalign.results import RunFolder, ShardWriter, shard_name
 from guardalign.schema import IMAGE, RESULT_NAMES, result_schema
 from guardalign.settings import STRATEGIES, load_settings
 from guardalign.sources import Plan, Shard, Source, make_source

@@ -31,7 +31,8 @@ from guardalign.judges import judge_of
 from guardalign.micro import resolve_clip, resolve_lvlm
 from guardalign.nodes import cluster_errors, proven, require_cluster, watched
 from guardalign.reading import read_shard, read_task
-from guardalign.results import Receipt, ShardWriter
+from guardalign.receipts import Receipt
+from guardalign.results import ShardWriter
 from guardalign.sanitizers import SANITIZERS
 from guardalign.sight import Sight
 from guardalign.sources import Shard, Source

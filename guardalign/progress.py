@@ -10,7 +10,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from guardalign.results import Receipt
+from guardalign.receipts import Receipt
 
 
 class Progress:

@@ -4,11 +4,10 @@
     OUT/inputs.parquet             every input file with size and etag
     OUT/results/shard-000017.parquet   one file a shard, complete or absent
     OUT/run.json                   the manifest, written last: its presence means "complete"
-    OUT/.lock                      held while a process works in OUT
 
 A commit writes the whole file under a temporary name, flushes it to the disk and renames it; on an object store it is
 one PUT. So a shard is done exactly when its file is there, and doing it twice changes nothing. Knows nothing of stages,
-models, sources or Ray.
+models, sources, Ray or what a receipt counts.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ import json
 import os
 import re
 import secrets
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -33,117 +31,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from guardalign.errors import ConfigError, ResumeError, UserError
 from guardalign.faults import reach
+from guardalign.receipts import RECEIPT_KEY, Receipt, shard_receipt
 from guardalign.schema import PLANNED, TIMED_STAGES, Trace, to_result, trace_of, with_columns
 
-RECEIPT_KEY = "guardalign.receipt"
 CHECKSUM = "checksum"
 """Key of a JSON file's own checksum."""
 _SHARD_FILE = re.compile(r"shard-(\d{6}|[1-9]\d{6,})\.parquet")
-
-
-MOST_LABELS = 8
-"""Labels that are counted one by one."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What one committed shard holds; it stands in the shard file's footer and flows back to the driver."""
-
-    shard: int
-    """index of the shard"""
-    num_rows: int
-    """rows in the file"""
-    errors: dict[str, int] = field(default_factory=dict)
-    """error rows by kind"""
-    detected: int = 0
-    """rows with a detection"""
-    flagged: int = 0
-    """of these, flagged"""
-    masked: int = 0
-    """rows whose picture the sanitizer changed"""
-    masked_patches: int = 0
-    """unsafe patches of these"""
-    judged: int = 0
-    """answered rows that a judge decided (refused is not null)"""
-    refused: int = 0
-    """of these, refused"""
-    assessed: int = 0
-    """answered rows that a judge called safe or unsafe (unsafe is not null)"""
-    unsafe: int = 0
-    """of these, unsafe"""
-    unparsed: int = 0
-    """answered rows whose judge wrote no verdict"""
-    num_images: int = 0
-    """rows with a picture"""
-    num_tokens: int = 0
-    """decoded tokens"""
-    labels: dict[str, dict[str, int]] = field(default_factory=dict)
-    """by the data set's label: rows detected, flagged, judged, refused"""
-    counters: dict[str, int] = field(default_factory=dict)
-    """model loads and forward calls"""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """wall seconds by stage"""
-    notes: list[str] = field(default_factory=list)
-    """what the models had to say, once a worker"""
-    canaries: dict[str, list[float]] = field(default_factory=dict)
-    """what they said of the canaries, as loaded and after the shard; empty without self_check"""
-    run_id: str = ""
-    """the run that committed it"""
-    sha256: str = ""
-    """of the file; empty in the file itself"""
-
-    @property
-    def num_errors(self) -> int:
-        """Rows that ended in an error."""
-        return sum(self.errors.values())
-
-
-def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Receipt:
-    """Counts a shard's result rows."""
-    flagged, refused = result["flagged"].to_pylist(), result["refused"].to_pylist()
-    unsafe, problems = result["unsafe"].to_pylist(), result["verdict_problem"].to_pylist()
-    kinds = Counter(kind for kind in result["error_kind"].to_pylist() if kind is not None)
-    changed = [bool(share) for share in result["masked_fraction"].to_pylist()]
-    patches = [len(found or ()) for found in result["unsafe_patches"].to_pylist()]
-    return Receipt(
-        shard=shard,
-        num_rows=result.num_rows,
-        errors=dict(sorted(kinds.items())),
-        detected=sum(value is not None for value in flagged),
-        flagged=sum(value is True for value in flagged),
-        masked=sum(changed),
-        masked_patches=sum(count for count, is_masked in zip(patches, changed, strict=True) if is_masked),
-        judged=sum(value is not None for value in refused),
-        refused=sum(value is True for value in refused),
-        assessed=sum(value is not None for value in unsafe),
-        unsafe=sum(value is True for value in unsafe),
-        unparsed=problems.count("unparsed"),
-        num_images=result.num_rows - result["image_sha256"].null_count,
-        num_tokens=sum(value or 0 for value in result["num_tokens"].to_pylist()),
-        labels=_by_label(result["label"].to_pylist(), flagged, refused),
-        counters=dict(trace.counters),
-        seconds=dict(trace.seconds),
-        notes=list(trace.notes),
-        canaries={name: list(numbers) for name, numbers in trace.canaries.items()},
-        run_id=run_id,
-    )
-
-
-def _by_label(
-    labels: Sequence[str | None], flagged: Sequence[bool | None], refused: Sequence[bool | None]
-) -> dict[str, dict[str, int]]:
-    """Counts for each of the shard's labels; a shard of more than `MOST_LABELS` has ids for labels: none is kept."""
-    names = sorted({label for label in labels if label is not None})
-    if len(names) > MOST_LABELS:
-        return {}
-    counts: dict[str, dict[str, int]] = {name: Counter() for name in names}
-    for label, flag, refusal in zip(labels, flagged, refused, strict=True):
-        if label is not None:
-            counts[label]["detected"] += flag is not None
-            counts[label]["flagged"] += flag is True
-            counts[label]["judged"] += refusal is not None
-            counts[label]["refused"] += refusal is True
-    return {name: dict(count) for name, count in counts.items()}
 
 
 def shard_name(shard: int) -> str:
@@ -368,45 +261,3 @@ def _only(table: pa.Table, column: str) -> int:
     values = table[column].unique().to_pylist()
     assert len(values) == 1, f"{column} has the values {values[:5]} in what must be one shard"
     return int(values[0])
-
-
-class Lock:
-    """At most one process works in a run's folder; the lock dies with its holder, however that dies.
-
-    Local and mounted file systems only: an object store has no such lock, and there the last writer of a shard wins,
-    with equal rows.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> Self:
-        """Takes the lock, or raises `ResumeError` with its holder."""
-        if not self.folder.is_local:
-            return self
-        import fcntl
-
-        try:
-            Path(self.folder.root).mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder.path(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(f"output {self.folder.out} is no folder to write to: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise ResumeError(
-                f"another process ({holder}) works in {self.folder.out}; wait for it, or name another --output"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()}".encode())
-        self._descriptor = descriptor
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Lets go."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None

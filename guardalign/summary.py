@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from guardalign.core.statistics import wilson_interval
-from guardalign.results import MOST_LABELS, Receipt
+from guardalign.receipts import MOST_LABELS, Receipt
 
 
 @dataclass(frozen=True)

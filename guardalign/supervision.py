@@ -29,7 +29,8 @@ from guardalign.config import ClusterConfig
 from guardalign.errors import ModelError, UserError
 from guardalign.guard import Failure
 from guardalign.journal import Journal
-from guardalign.results import Receipt, ShardWriter
+from guardalign.receipts import Receipt
+from guardalign.results import ShardWriter
 from guardalign.schema import PLANNED, Trace, trace_of, with_columns, with_trace
 from guardalign.sight import Sight, require_sight
 from guardalign.watching import DiedError, Worker, problem_of

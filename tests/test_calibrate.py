@@ -23,7 +23,8 @@ from guardalign.config import AuditConfig
 from guardalign.core.conformal import conformal_threshold
 from guardalign.errors import ConfigError, RunFailedError
 from guardalign.pipeline import ENGINES
-from guardalign.results import Receipt, RunFolder
+from guardalign.receipts import Receipt
+from guardalign.results import RunFolder
 from guardalign.settings import load_settings
 from guardalign.thresholds import HEADER
 

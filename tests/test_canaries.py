@@ -28,7 +28,7 @@ from guardalign.models.clip import PatchEncoder
 from guardalign.models.clip_weights import write_random_model
 from guardalign.models.lvlm import Lvlm
 from guardalign.pipeline import Stage, steps
-from guardalign.results import Receipt
+from guardalign.receipts import Receipt
 from guardalign.settings import load_settings
 from guardalign.stages import Detect, Generate
 from guardalign.taxonomy import load_taxonomy

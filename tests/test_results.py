@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from guardalign.errors import ResumeError
-from guardalign.results import Lock, Receipt, RunFolder, ShardWriter
+from guardalign.lock import Lock
+from guardalign.receipts import Receipt
+from guardalign.results import RunFolder, ShardWriter
 from guardalign.schema import IMAGE, PLANNED, RESULT_NAMES, Trace, result_schema, with_columns, with_trace
 
 SCHEMA = result_schema([pa.field("extra", pa.int64())])
@@ -98,7 +100,7 @@ def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
 
 def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom guardalign.results import Lock, RunFolder\n"
+        "import os, signal, sys\nfrom guardalign.lock import Lock\nfrom guardalign.results import RunFolder\n"
         "Lock(RunFolder(sys.argv[1])).__enter__()\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guardalign.results import Receipt
+from guardalign.receipts import Receipt
 from guardalign.summary import summary_lines, totals
 from guardalign.supervision import DEATHS
 

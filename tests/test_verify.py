@@ -22,7 +22,8 @@ from guardalign.cli import main
 from guardalign.config import AuditConfig, ClipConfig, ClusterConfig, LvlmConfig
 from guardalign.errors import RunFailedError
 from guardalign.micro import FOLDER
-from guardalign.results import RECEIPT_KEY, RunFolder, sha256, shard_name, shard_receipt
+from guardalign.receipts import RECEIPT_KEY, shard_receipt
+from guardalign.results import RunFolder, sha256, shard_name
 from guardalign.schema import RESULT_NAMES, VOLATILE, Trace, with_columns
 from guardalign.verify import Asked, verify
 from guardalign.verify.agreement import GROUPS, Agreement, distance

@@ -21,7 +21,7 @@ from guardalign.canaries import AS_LOADED
 from guardalign.config import Dtype
 from guardalign.errors import RunFailedError
 from guardalign.models.provenance import seal
-from guardalign.results import Receipt
+from guardalign.receipts import Receipt
 
 TOLERANCE: Final[Mapping[str, float]] = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """t by number format"""

@@ -28,10 +28,12 @@ from guardalign.evaluation.request import Request
 from guardalign.evaluation.stages import EVALUATION
 from guardalign.evaluation.tables import COLUMNS, Findings, findings
 from guardalign.journal import FOLDER as JOURNAL
+from guardalign.lock import Lock
 from guardalign.micro import NOTICE, resolve_clip, resolve_lvlm
 from guardalign.pipeline import ENGINES, Step
 from guardalign.progress import Progress
-from guardalign.results import Lock, Receipt, RunFolder, ShardWriter, shard_name
+from guardalign.receipts import Receipt
+from guardalign.results import RunFolder, ShardWriter, shard_name
 from guardalign.schema import SCHEMA_VERSION, result_schema
 from guardalign.sources import Shard
 from guardalign.summary import totals

@@ -17,7 +17,7 @@ from guardalign.models.prompts import Prompt, Span
 
 
 @dataclass(frozen=True)
-class Batch:
+class Padded:
     """What `generate` gets, and where each row's parts stand in the padded prompt."""
 
     tensors: dict[str, Tensor]
@@ -30,7 +30,7 @@ class Batch:
         return int(self.tensors["input_ids"].shape[1])
 
 
-def collate(prompts: Sequence[Prompt], pad_id: int) -> Batch:
+def collate(prompts: Sequence[Prompt], pad_id: int) -> Padded:
     """The prompts as one batch."""
     width = max(prompt.num_tokens for prompt in prompts)
     names = dict.fromkeys(name for prompt in prompts for name in prompt.tensors)
@@ -39,9 +39,9 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> Batch:
         present = [prompt for prompt in prompts if name in prompt.tensors]
         rows = [_widened(prompt, name, width, pad_id) for prompt in present]
         tensors[name] = torch.cat(_of_like_shape(rows))
-    return Batch(
+    return Padded(
         tensors,
-        tuple(_shifted(prompt.prefix, width - prompt.num_tokens) for prompt in prompts),
+        tuple(shifted(prompt.prefix, width - prompt.num_tokens) for prompt in prompts),
         tuple(
             (prompt.instruction[0] + width - prompt.num_tokens, prompt.instruction[1] + width - prompt.num_tokens)
             for prompt in prompts
@@ -69,5 +69,5 @@ def _ends(sizes: Sequence[int], largest: Sequence[int]) -> list[int]:
     return [end for size, most in zip(reversed(sizes), reversed(largest), strict=True) for end in (0, most - size)]
 
 
-def _shifted(span: Span | None, by: int) -> Span | None:
+def shifted(span: Span | None, by: int) -> Span | None:
     return None if span is None else (span[0] + by, span[1] + by)

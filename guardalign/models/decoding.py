@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ from torch import Tensor
 from guardalign.core.memory import is_out_of_memory
 from guardalign.errors import RowError
 from guardalign.models.asking import Asking, Saved
-from guardalign.models.attention import CalibratedBatch, active, open_to_calibration
+from guardalign.models.attention import active
 from guardalign.models.batches import collate
-from guardalign.models.cached_rows import CachedRows, joined
+from guardalign.models.cached_rows import joined
+from guardalign.models.calibrating import Calibrating, note_masses
 from guardalign.models.choosing import choose
-from guardalign.models.memory import Room, fits, release
-from guardalign.models.prompts import Prompt, Span
+from guardalign.models.forward import Forward
+from guardalign.models.memory import fits, release
+from guardalign.models.prompts import Prompt
 from guardalign.models.streams import (
     Batch,
     Member,
@@ -45,6 +47,7 @@ from guardalign.models.streams import (
     keep,
     not_finite,
     share_seconds,
+    too_long,
 )
 from guardalign.types import Cost
 
@@ -52,45 +55,6 @@ T = TypeVar("T")
 
 FREE_SHARE: Final = 4
 """rows are admitted when at least one place in this many is free: few large prefills instead of many small ones"""
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a forward call gave."""
-
-    rows: CachedRows
-    """caches after it"""
-    logits: Tensor
-    """[B, V] fp32 of the tokens that come next"""
-    hidden: Tensor | None = None
-    """[B, W, D] last hidden states, where asked for"""
-
-
-class Forward(Protocol):
-    """A model as the loop sees it."""
-
-    model: Any
-    """transformers' model"""
-    pad_id: int
-    """fills the left of shorter prompts"""
-    eos_ids: tuple[int, ...]
-    """tokens that end an answer"""
-    max_tokens: int | None
-    """most tokens of prompt and answer; None: not known"""
-    room: Room
-    """how many rows its memory takes, as far as is known"""
-
-    def prefill(self, tensors: dict[str, Tensor], hidden: bool) -> Read:
-        """Reads left-padded prompts."""
-        ...
-
-    def step(self, rows: CachedRows, tokens: Sequence[int]) -> Read:
-        """Feeds every row one token."""
-        ...
-
-    def kind(self, prompt: Prompt) -> bool:
-        """Rows of different kinds cannot share a batch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -119,8 +83,7 @@ class Decoder:
         self._batch: Batch | None = None
         self._under_way: dict[int, Stream] = {}
         self._outcomes: dict[int, Outcome[Any]] = {}
-        self._stack = ExitStack()
-        self._is_open = False
+        self._calibrating = Calibrating(forward.model)
         self._num_open = 0
         self._booked = 0.0
 
@@ -146,7 +109,7 @@ class Decoder:
 
     def _run(self, askings: Iterable[Asking[T]]) -> list[Outcome[T]]:
         fresh, self._outcomes, self._num_open = enumerate(askings), {}, 0
-        with torch.inference_mode(), ExitStack() as self._stack:
+        with torch.inference_mode(), self._calibrating:
             while True:
                 self._begin(fresh)
                 if self._batch is None and not self._waiting:
@@ -154,7 +117,6 @@ class Decoder:
                 self._booked = perf_counter()
                 if not fits(self._advance):
                     self._make_room()
-        self._is_open = False
         return [self._outcomes[position] for position in range(len(self._outcomes))]
 
     def _advance(self) -> None:
@@ -245,7 +207,7 @@ class Decoder:
         taken = self._taken(room - used)
         self._under_way |= {id(stream): stream for stream in taken}
         for stream in taken:
-            stream.error = self._too_long(stream)
+            stream.error = too_long(stream, self.forward.max_tokens)
         self._finish([stream for stream in taken if stream.error is not None])
         taken = [stream for stream in taken if stream.error is None]
         fresh = [stream for stream in taken if isinstance(stream.ask.prompt, Prompt)]
@@ -273,20 +235,6 @@ class Decoder:
         self._waiting = left
         return taken
 
-    def _too_long(self, stream: Stream) -> RowError | None:
-        most, prompt = self.forward.max_tokens, stream.prompt
-        saved = stream.ask.prompt if isinstance(stream.ask.prompt, Saved) else None
-        said = 0 if saved is None else saved.rows.num_columns + (saved.pending is not None) - prompt.num_tokens
-        new = stream.ask.max_new_tokens + said
-        room = None if most is None else most - new
-        if room is None or prompt.num_tokens <= room:
-            return None
-        return RowError(
-            "prompt_too_long",
-            f"prompt of sample {prompt.sample_id} has {prompt.num_tokens:,} tokens; the model takes {room:,} "
-            f"({most:,} less {new:,} for the answer)",
-        )
-
     def _prefilled(self, streams: Sequence[Stream]) -> Batch | None:
         """Reads the streams' prompts, each once, and chooses their first tokens."""
         members = [Member(stream, stream.prompt) for stream in streams]
@@ -298,11 +246,11 @@ class Decoder:
         firsts = [members[keys.index(key)] for key in unique]
         started = perf_counter()
         padded = collate([member.prompt for member in firsts], self.forward.pad_id)
-        calibrated = self._calibration(firsts, padded.prefixes, padded.instructions, padded.num_columns, 0)
+        calibrated = self._calibrating.of_prompts(firsts, padded)
         with nullcontext() if calibrated is None else active(calibrated):
             read = self.forward.prefill(padded.tensors, any(stream.ask.hidden for stream in streams))
         places = [unique.index(key) for key in keys]
-        self._note_masses(calibrated, [(place, member) for place, member in zip(places, members, strict=True)])
+        note_masses(calibrated, [(place, member) for place, member in zip(places, members, strict=True)])
         for place, member in zip(places, members, strict=True):
             if member.stream.ask.hidden and not member.is_partner:
                 assert read.hidden is not None
@@ -340,59 +288,13 @@ class Decoder:
     def _stepped(self, batch: Batch) -> Batch | None:
         """Feeds every row its token and chooses the next."""
         started = perf_counter()
-        calibrated = batch.calibrated or self._of_columns(batch)
+        calibrated = batch.calibrated or self._calibrating.of_columns(batch)
         with nullcontext() if calibrated is None else active(calibrated):
             read = self.forward.step(batch.rows, batch.tokens)
-        self._note_masses(calibrated, list(enumerate(batch.members)))
+        note_masses(calibrated, list(enumerate(batch.members)))
         for member in batch.members:
             member.stream.cost += Cost(steps=int(not member.is_partner))
         return self._chosen(replace(batch, rows=read.rows, calibrated=calibrated), read.logits, started)
-
-    def _of_columns(self, batch: Batch) -> CalibratedBatch | None:
-        """The calibration of rows that are being decoded: prefixes stand where padding and joining has put them."""
-        if all(member.stream.ask.calibration is None for member in batch.members):
-            return None
-        width = batch.rows.num_columns
-        begins = (width - batch.rows.num_tokens).tolist()
-        prefixes = [_shifted(member.prompt.prefix, begin) for member, begin in zip(batch.members, begins, strict=True)]
-        return self._calibration(batch.members, prefixes, [(0, 0)] * len(begins), width, width)
-
-    def _calibration(
-        self,
-        members: Sequence[Member],
-        prefixes: Sequence[Span | None],
-        instructions: Sequence[Span],
-        num_columns: int,
-        past: int,
-    ) -> CalibratedBatch | None:
-        asks = [member.stream.ask for member in members]
-        calibrations = [
-            ask.calibration if prefix is not None else None for ask, prefix in zip(asks, prefixes, strict=True)
-        ]
-        if all(how is None for how in calibrations):
-            return None
-        if not self._is_open:
-            self._stack.enter_context(open_to_calibration(self.forward.model))
-            self._is_open = True
-        return CalibratedBatch(
-            calibrations,
-            prefixes,
-            instructions,
-            num_columns,
-            self.forward.model.device,
-            record=any(ask.record for ask in asks),
-            strengths=[ask.strength for ask in asks],
-            past=past,
-        )
-
-    def _note_masses(self, calibrated: CalibratedBatch | None, placed: Sequence[tuple[int, Member]]) -> None:
-        """Adds what each row's calibrated queries gave to the prefix in this call."""
-        for mass, num_queries in calibrated.taken_masses() if calibrated is not None else ():
-            masses, counts = mass.tolist(), num_queries.tolist()
-            for place, member in placed:
-                if member.stream.ask.record and not member.is_partner:
-                    member.stream.mass += masses[place]
-                    member.stream.num_queries += counts[place]
 
     def _chosen(
         self, batch: Batch, logits: Tensor, started: float, read: Sequence[float] | None = None
@@ -455,7 +357,3 @@ def _ran_out_beside(sample_id: str | None) -> RowError:
 def _own(started: float) -> Cost:
     """What a defense did by itself since then."""
     return Cost(own_seconds=perf_counter() - started)
-
-
-def _shifted(span: Span | None, by: int) -> Span | None:
-    return None if span is None else (span[0] + by, span[1] + by)

@@ -25,7 +25,8 @@ from guardalign.errors import ConfigError, ModelError, RowError, require
 from guardalign.models.asking import Answer, Ask, Asking, Phase, Saved
 from guardalign.models.cached_rows import CachedRows
 from guardalign.models.checkpoints import ADAPTER
-from guardalign.models.decoding import Decoder, Read
+from guardalign.models.decoding import Decoder
+from guardalign.models.forward import Read
 from guardalign.models.memory import Room
 from guardalign.models.prompts import Place, Prompt, PromptWriter, UserText
 from guardalign.types import Reply, StopReason

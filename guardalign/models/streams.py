@@ -141,6 +141,22 @@ def keep(stream: Stream, rows: CachedRows, row: int, logits: Tensor) -> None:
     stream.saved = Saved(stream.prompt, rows.row(row), stream.logits, pending)
 
 
+def too_long(stream: Stream, most: int | None) -> RowError | None:
+    """The error of a row whose prompt and answer are more tokens than the model takes, if it is one."""
+    prompt = stream.prompt
+    saved = stream.ask.prompt if isinstance(stream.ask.prompt, Saved) else None
+    said = 0 if saved is None else saved.rows.num_columns + (saved.pending is not None) - prompt.num_tokens
+    new = stream.ask.max_new_tokens + said
+    room = None if most is None else most - new
+    if room is None or prompt.num_tokens <= room:
+        return None
+    return RowError(
+        "prompt_too_long",
+        f"prompt of sample {prompt.sample_id} has {prompt.num_tokens:,} tokens; the model takes {room:,} "
+        f"({most:,} less {new:,} for the answer)",
+    )
+
+
 def not_finite(stream: Stream) -> RowError:
     return RowError(
         "generation_failed",

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from guardalign.audit import refuse_double_rows
 from guardalign.errors import ResumeError, RunFailedError
 from guardalign.evaluation.running import DETECTIONS
-from guardalign.results import RECEIPT_KEY, Receipt, RunFolder, sha256, shard_name, shard_receipt
+from guardalign.receipts import RECEIPT_KEY, Receipt, shard_receipt
+from guardalign.results import RunFolder, sha256, shard_name
 from guardalign.schema import SCHEMA_VERSION, Trace
 from guardalign.summary import totals
 from guardalign.verify.rows import row_problems, schema_problem

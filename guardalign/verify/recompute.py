@@ -24,7 +24,8 @@ from guardalign.errors import ConfigError, InputError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, science
 from guardalign.pipeline import Stage, steps
 from guardalign.reading import read_shard
-from guardalign.results import Receipt, RunFolder, shard_name
+from guardalign.receipts import Receipt
+from guardalign.results import RunFolder, shard_name
 from guardalign.schema import result_schema, to_result
 from guardalign.settings import load_settings, refuse_settings
 from guardalign.sources.pictures import fetching_only

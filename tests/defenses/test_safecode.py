@@ -26,7 +26,8 @@ from guardalign.micro import FOLDER, resolve_lvlm
 from guardalign.micro.dialogues import REFUSAL
 from guardalign.models.asking import Answer, Ask, Asking, continued
 from guardalign.models.batches import collate
-from guardalign.models.decoding import Decoder, Read
+from guardalign.models.decoding import Decoder
+from guardalign.models.forward import Read
 from guardalign.models.lvlm import Lvlm
 from guardalign.models.openings import opening_ids
 from guardalign.models.prompts import Prompt

@@ -20,7 +20,7 @@ from guardalign.config import LvlmConfig
 from guardalign.core.calibration import Calibration
 from guardalign.models import attention
 from guardalign.models.attention import CalibratedBatch, calibrated
-from guardalign.models.batches import Batch, collate
+from guardalign.models.batches import Padded, collate
 from guardalign.models.lvlm import Lvlm
 from tests.small_lvlms import FAMILIES, FAMILIES_BY_TURNS, build, picture, small_lvlm
 
@@ -32,7 +32,7 @@ def calibration(gamma: float, form: str = "gain", answer: bool = True, layers: S
     return Calibration(gamma, form, tuple(layers), answer)  # type: ignore[arg-type]
 
 
-def batch_of(lvlm: Lvlm, rows: int = 3) -> Batch:
+def batch_of(lvlm: Lvlm, rows: int = 3) -> Padded:
     """Unequal lengths, so that all but one row are padded on the left."""
     texts = ["What is shown?", "Describe the image, then count the cats and the dogs.", "Why?"][:rows]
     pictures = [picture(), picture(30, 70, "green"), picture(60, 60, "white")]
@@ -40,7 +40,7 @@ def batch_of(lvlm: Lvlm, rows: int = 3) -> Batch:
     return collate(prompts, lvlm.pad_id)
 
 
-def decode(lvlm: Lvlm, batch: Batch) -> tuple[Tensor, Tensor]:
+def decode(lvlm: Lvlm, batch: Padded) -> tuple[Tensor, Tensor]:
     """Greedy tokens and the logits of every step, [B, steps, vocabulary]."""
     settings = transformers.GenerationConfig(
         max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=lvlm.pad_id
@@ -50,14 +50,14 @@ def decode(lvlm: Lvlm, batch: Batch) -> tuple[Tensor, Tensor]:
     return made.sequences[:, batch.num_columns :], torch.stack(made.logits, dim=1)
 
 
-def ours(lvlm: Lvlm, batch: Batch, how: Calibration, record: bool = False) -> tuple[Tensor, Tensor, CalibratedBatch]:
+def ours(lvlm: Lvlm, batch: Padded, how: Calibration, record: bool = False) -> tuple[Tensor, Tensor, CalibratedBatch]:
     spans = (batch.prefixes, batch.instructions, batch.num_columns)
     with calibrated(lvlm.model, how, *spans, record=record) as active:
         tokens, logits = decode(lvlm, batch)
     return tokens, logits, active
 
 
-def naive(how: Calibration, batch: Batch, masses: list[Tensor]) -> Callable[..., tuple[Tensor, None]]:
+def naive(how: Calibration, batch: Padded, masses: list[Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """Equation 13 as it is printed: the whole matrix Z, the whole matrix M, one softmax."""
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
@@ -88,7 +88,7 @@ def naive(how: Calibration, batch: Batch, masses: list[Tensor]) -> Callable[...,
 
 
 @contextmanager
-def naively(lvlm: Lvlm, how: Calibration, batch: Batch) -> Iterator[list[Tensor]]:
+def naively(lvlm: Lvlm, how: Calibration, batch: Padded) -> Iterator[list[Tensor]]:
     masses: list[Tensor] = []
     AttentionInterface.register("naive_reference", naive(how, batch, masses))
     AttentionMaskInterface.register("naive_reference", sdpa_mask)
@@ -100,7 +100,7 @@ def naively(lvlm: Lvlm, how: Calibration, batch: Batch) -> Iterator[list[Tensor]
         lvlm.model.set_attn_implementation({"text_config": backend})
 
 
-def assert_equals_naive(lvlm: Lvlm, batch: Batch, how: Calibration) -> None:
+def assert_equals_naive(lvlm: Lvlm, batch: Padded, how: Calibration) -> None:
     with naively(lvlm, how, batch):
         expected_tokens, expected = decode(lvlm, batch)
     tokens, logits, _ = ours(lvlm, batch, how)
