@@ -38,6 +38,10 @@ class Receipt:
     """rows whose picture the sanitizer changed"""
     masked_patches: int = 0
     """unsafe patches of these"""
+    defense_judged: int = 0
+    """rows with a verdict of the defense's own (defense_flagged is not null)"""
+    defense_flagged: int = 0
+    """of these, flagged by it"""
     judged: int = 0
     """answered rows that a judge decided (refused is not null)"""
     refused: int = 0
@@ -76,6 +80,7 @@ class Receipt:
 def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Receipt:
     """Counts a shard's result rows."""
     flagged, refused = result["flagged"].to_pylist(), result["refused"].to_pylist()
+    verdicts = result["defense_flagged"].to_pylist()
     unsafe, problems = result["unsafe"].to_pylist(), result["verdict_problem"].to_pylist()
     kinds = Counter(kind for kind in result["error_kind"].to_pylist() if kind is not None)
     changed = [bool(share) for share in result["masked_fraction"].to_pylist()]
@@ -88,6 +93,8 @@ def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Re
         flagged=sum(value is True for value in flagged),
         masked=sum(changed),
         masked_patches=sum(count for count, is_masked in zip(patches, changed, strict=True) if is_masked),
+        defense_judged=sum(value is not None for value in verdicts),
+        defense_flagged=sum(value is True for value in verdicts),
         judged=sum(value is not None for value in refused),
         refused=sum(value is True for value in refused),
         assessed=sum(value is not None for value in unsafe),

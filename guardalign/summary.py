@@ -26,6 +26,10 @@ class Totals:
     """rows whose picture the sanitizer changed"""
     masked_patches: int = 0
     """unsafe patches of these"""
+    defense_judged: int = 0
+    """rows with a verdict of the defense's own"""
+    defense_flagged: int = 0
+    """of these, flagged by it"""
     judged: int = 0
     """rows with a verdict on refusal"""
     refused: int = 0
@@ -73,6 +77,8 @@ def totals(receipts: Iterable[Receipt]) -> Totals:
             flagged=receipt.flagged,
             masked=receipt.masked,
             masked_patches=receipt.masked_patches,
+            defense_judged=receipt.defense_judged,
+            defense_flagged=receipt.defense_flagged,
             judged=receipt.judged,
             refused=receipt.refused,
             assessed=receipt.assessed,
@@ -111,6 +117,7 @@ def summary_lines(
         f"rows      {whole.rows:,}: {whole.answered:,} answered, {whole.num_errors:,} errors",
         f"flagged   {rate(whole.flagged, whole.detected)}",
         f"masked    {whole.masked_patches:,} unsafe patches in {whole.masked:,} pictures",
+        *_defense_lines(whole),
         f"refused   {rate(whole.refused, whole.judged)}",
         *_verdict_lines(whole),
         *_label_lines(whole.labels),
@@ -122,6 +129,12 @@ def summary_lines(
         f"results   {where}",
         f"next      {next_command}",
     ]
+
+
+def _defense_lines(whole: Totals) -> Iterator[str]:
+    """Only where the defense has a verdict of its own, on the request or on its first answer."""
+    if whole.defense_judged:
+        yield f"defense   flagged {rate(whole.defense_flagged, whole.defense_judged)}"
 
 
 def _verdict_lines(whole: Totals) -> Iterator[str]:

@@ -196,6 +196,13 @@ def test_every_recipe_runs_offline_as_it_is(recipe: str, tmp_path: Path) -> None
     assert all((row["patch_scores"] is not None) == detects for row in found.values())
 
 
+def test_the_summary_counts_the_defenses_own_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--recipe", "ecso", "--limit", 6, "--output", tmp_path / "out") == 0
+    verdicts = [row["defense_flagged"] for row in rows(tmp_path / "out").values()]
+    decided = [verdict for verdict in verdicts if verdict is not None]
+    assert decided and f"defense   flagged {sum(decided)} of {len(decided)} " in capsys.readouterr().out
+
+
 def test_the_local_engine_needs_no_ray(tmp_path: Path) -> None:
     begin = "import os, sys; sys.modules['ray'] = None; from guardalign.cli import main; "
     code = begin + "code = main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"  # not a test of interpreter teardown

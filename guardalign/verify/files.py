@@ -27,13 +27,13 @@ from guardalign.verify.rows import row_problems, schema_problem
 KEYS: Final = ("schema_version", "run_id", "attempts", "config", "fingerprint", "input", "totals", "files", "records")
 """What run.json must have."""
 COUNTED: Final = (
-    *("num_rows", "errors", "detected", "flagged", "masked", "masked_patches", "judged", "refused", "assessed"),
-    *("unsafe", "unparsed", "num_images", "num_tokens", "labels"),
+    *("num_rows", "errors", "detected", "flagged", "masked", "masked_patches", "judged", "refused"),
+    *("defense_judged", "defense_flagged", "assessed", "unsafe", "unparsed", "num_images", "num_tokens", "labels"),
 )
 """What a receipt counts of its rows."""
 SUMMED: Final = (
-    *("rows", "images", "detected", "flagged", "masked", "masked_patches", "judged", "refused", "assessed"),
-    *("unsafe", "unparsed", "tokens", "errors", "labels"),
+    *("rows", "images", "detected", "flagged", "masked", "masked_patches", "judged", "refused"),
+    *("defense_judged", "defense_flagged", "assessed", "unsafe", "unparsed", "tokens", "errors", "labels"),
 )
 """What run.json sums over them, in an audit."""
 
