@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.patches import patch_boxes
 from guardalign.core.transport import entropy, transport
-from guardalign.detectors import DETECTORS, THRESHOLDS, ClipDetector, Concepts, OtDetector
+from guardalign.detectors import DETECTORS, ClipDetector, Concepts, OtDetector
+from guardalign.detectors.scales import THRESHOLDS
 from guardalign.errors import ConfigError, ModelError
 from guardalign.models.clip import PatchEncoder
 from guardalign.taxonomy import Category, Taxonomy
@@ -121,7 +122,7 @@ def test_rows_do_not_depend_on_how_many_costs_are_held(
     encoder: PatchEncoder, taxonomy: Taxonomy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = detect(OtDetector(fit="tiles"), encoder, taxonomy)
-    monkeypatch.setattr("guardalign.detectors.LARGEST_COST_TENSOR", 1)
+    monkeypatch.setattr("guardalign.detectors.ot.LARGEST_COST_TENSOR", 1)
     apart = detect(OtDetector(fit="tiles"), encoder, taxonomy)
     assert all(close(one, other) for one, other in zip(together, apart, strict=True))
 
