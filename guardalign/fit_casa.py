@@ -14,10 +14,11 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from guardalign.defenses.casa import Casa
 from guardalign.errors import InputError, ModelError, RowError, require
 from guardalign.micro import NOTICE, is_embedded, resolve_input, resolve_lvlm
 from guardalign.models.asking import Asking
-from guardalign.models.decoding import Decoder
+from guardalign.models.decoding import Decoder, Outcome
 from guardalign.models.lvlm import Lvlm
 from guardalign.models.safety_head import CARD, WEIGHTS, lvlm_fingerprint, question_embedding, save_head
 from guardalign.reading import read_shard
@@ -47,6 +48,7 @@ from guardalign.sources import make_source
 from guardalign.types import Case, Sample
 from guardalign.version import VERSION
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 QUESTION: Final = "Is this request safe or unsafe?"
 PARTS: Final = ("fitted", "stopping", "held out")
@@ -220,7 +222,7 @@ def _read(
     num_errors = 0
     labelled = (row for row in rows if row["label"] is not None)
     while batch := list(islice(labelled, 16 * batch_size)):
-        for outcome in Decoder(lvlm, batch_size).run(_reading(lvlm, defense, row, unsafe_label) for row in batch):
+        for outcome in _outcomes(batch, partial(_reading, lvlm, defense, unsafe_label), Decoder(lvlm, batch_size)):
             if isinstance(outcome.value, RowError):
                 num_errors += 1
             else:
@@ -230,8 +232,15 @@ def _read(
     return readings, num_errors
 
 
+def _outcomes(
+    batch: Sequence[Mapping[str, Any]], asking: Callable[[Mapping[str, Any]], Asking[T]], decoder: Decoder
+) -> list[Outcome[T]]:
+    """One a row; a row that does not fit the memory beside others is read once more alone."""
+    return decoder.run(map(asking, batch), lambda at: asking(batch[at]))
+
+
 def _reading(
-    lvlm: Lvlm, defense: Casa, row: Mapping[str, Any], unsafe_label: str
+    lvlm: Lvlm, defense: Casa, unsafe_label: str, row: Mapping[str, Any]
 ) -> Asking[tuple[Reading, Tensor, str]]:
     if row["error"] is not None:
         raise RowError("row_unreadable", str(row["error"]))
@@ -255,9 +264,10 @@ def _split(readings: Sequence[Reading], target: FitTarget) -> list[list[int]]:
             if each.unsafe is unsafe:
                 parts[part_of[each.picture]].append(at)
     for name, part in zip(PARTS, parts, strict=True):
-        few = min(_counts(readings, part).values())
-        if few < LEAST:
-            rows = f"the {name} part has {few} prompts of one label, and {LEAST} of each are the least"
+        counts = _counts(readings, part)
+        if min(counts.values()) < LEAST:
+            found = " and ".join(f"{count:,} {kind}" for kind, count in counts.items())
+            rows = f"the {name} part has {found} prompts, and {LEAST} of each are the least"
             raise InputError(f"{rows}; give more rows labelled {target.unsafe_label!r} and otherwise")
     return parts
 
