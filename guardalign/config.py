@@ -5,7 +5,7 @@ generation), which enters the run's fingerprint, and the **hardware** (where and
 (detector, sanitizer, defense, judge) are named here and typed in their own files: a `Choice` carries a name and the
 options of the class of that name.
 
-Knows nothing of YAML, flags or files: `cli.py` reads those.
+Knows nothing of YAML, flags or files: `settings.py` reads those.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     GuardAlignError
     +-- UserError (also ValueError)      the user can mend it: printed as one line, without a traceback; exit code 2
     |   +-- ConfigError                  a setting is misspelt, of a wrong type, out of range or contradicts another
+    |   |   +-- UnknownSettingError      there is no such setting
     |   +-- InputError                   the data set cannot be planned: no such file, no such column, a duplicate id
     |   +-- ModelError                   weights or processor missing, or of a kind that a setting cannot work with
     |   +-- ResumeError                  the output folder belongs to another run, or is in use
@@ -15,6 +16,8 @@ Knows nothing of torch or Ray.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 ErrorKind = Literal[
@@ -48,6 +51,14 @@ class ConfigError(UserError):
     """A setting is misspelt, of a wrong type, out of range or contradicts another."""
 
 
+class UnknownSettingError(ConfigError):
+    """A setting that there is not; names the nearest one that a command knows."""
+
+    def __init__(self, name: str, known: Sequence[str], command: str = "guardalign audit") -> None:
+        super().__init__(f"there is no setting {name!r}{meant(name, known)}; see {command} --help")
+        self.name, self.known = name, tuple(known)
+
+
 class InputError(UserError):
     """The data set cannot be planned."""
 
@@ -79,6 +90,12 @@ class RowError(GuardAlignError):
 def harmless(text: str) -> str:
     """`text` on one line of printable characters: what data holds can neither steer a terminal nor fake a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words, as part of a sentence; empty where none is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def require(holds: bool, sentence: str) -> None:

@@ -8,11 +8,10 @@ earlier layers said of the old one. jsonargparse does the parsing, the types and
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from guardalign.config import AuditConfig, Choice, to_plain
 from guardalign.defenses import DEFENSES
 from guardalign.detectors import DETECTORS
-from guardalign.errors import ConfigError, harmless
+from guardalign.errors import ConfigError, UnknownSettingError, harmless, meant
 from guardalign.judges import JUDGES
 from guardalign.sanitizers import SANITIZERS
 
@@ -68,7 +67,7 @@ def load_settings(recipe: str | None, files: Sequence[str], flags: Sequence[str]
     try:
         parsed = parser.parse_args(list(flags), namespace=parser.parse_object(merged, defaults=True))
     except ArgumentError as error:
-        raise ConfigError(one_line(error.message, parser)) from None
+        raise _mistake(error.message, parser) from None
     return _config(parsed)
 
 
@@ -167,7 +166,7 @@ def _names(merged: Mapping[str, Any]) -> dict[str, str]:
 def _recipe(name: str) -> dict[str, Any]:
     if name not in recipe_names():
         raise ConfigError(
-            f"there is no recipe {name!r}{_meant(name, recipe_names())}; one of: {', '.join(recipe_names())}"
+            f"there is no recipe {name!r}{meant(name, recipe_names())}; one of: {', '.join(recipe_names())}"
         )
     return _yaml_file(str(RECIPES / f"{name}.yaml"))
 
@@ -230,7 +229,7 @@ def _chosen_name(section: str, merged: Mapping[str, Any]) -> str:
     name = value.get("name", default)
     known = list(STRATEGIES[section])
     if name not in known:
-        raise ConfigError(f"{section}.name is {name!r}{_meant(str(name), known)}; one of: {', '.join(known)}")
+        raise ConfigError(f"{section}.name is {name!r}{meant(str(name), known)}; one of: {', '.join(known)}")
     return str(name)
 
 
@@ -286,7 +285,7 @@ _UNKNOWN = re.compile(
 )
 
 
-def one_line(message: str, parser: ArgumentParser) -> str:
+def _mistake(message: str, parser: ArgumentParser) -> ConfigError:
     """jsonargparse's message as one sentence that begins with the setting's name; a misspelt one with its neighbour."""
     text = " ".join(message.split())
     unknown = _UNKNOWN.search(text)
@@ -294,10 +293,9 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         found = unknown.groupdict()
         key = f"{found['group']}.{found['key']}" if found["group"] else (found["option"] or found["flag"])
         if found["flag"] and not key.startswith("--"):
-            return f"{key!r} belongs to no setting; flags look like --shard_rows 20"
+            return ConfigError(f"{key!r} belongs to no setting; flags look like --shard_rows 20")
         name = key.removeprefix("--").split("=")[0]
-        close = _meant(name, ["recipe", "config", *(action.dest for action in parser._actions)])
-        return f"there is no setting {name!r}{close}; see guardalign audit --help"
+        return UnknownSettingError(name, ["recipe", "config", *(action.dest for action in parser._actions)])
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text.removeprefix("argument --"))
     text = re.sub(
         r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*?Given value: ",
@@ -306,12 +304,8 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     )
     text = re.sub(r"Expected an? ", "expected ", re.sub(r"\. Got value: ", ", got ", text))
     text = re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
-    return f"{text}; a list is written '[one, two]'" if "expected list" in text or "list[" in text else text
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    advice = "; a list is written '[one, two]'" if "expected list" in text or "list[" in text else ""
+    return ConfigError(f"{text}{advice}")
 
 
 def as_yaml(config: AuditConfig) -> str:

@@ -48,6 +48,7 @@ FLOORS = (
         "evaluation",
         "fit_casa",
         "cli",
+        "commands",
         "bench",
         "soak",
     ),

@@ -18,7 +18,8 @@ import yaml
 from runs import rows, run
 
 from guardalign.calibrate import Bench
-from guardalign.cli import _calibrate, main
+from guardalign.cli import main
+from guardalign.commands.calibrate import calibrate_command
 from guardalign.config import AuditConfig
 from guardalign.core.conformal import conformal_threshold
 from guardalign.errors import ConfigError, RunFailedError
@@ -460,7 +461,7 @@ def test_the_engine_is_local_unless_a_cluster_or_an_engine_is_named(
     monkeypatch.chdir(tmp_path)
     Path("profile.yaml").write_text("engine: ray\n")
     with pytest.raises(ConfigError, match=f"began on {engine}"):
-        _calibrate(flags)
+        calibrate_command(flags)
 
 
 @pytest.fixture(scope="module")
