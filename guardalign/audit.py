@@ -24,12 +24,13 @@ import torch
 
 from guardalign.canaries import readiness
 from guardalign.canaries.drift import UNCHECKED, drift, recorded
-from guardalign.config import AuditConfig, ignored_settings, to_plain
+from guardalign.config import AuditConfig, to_plain
 from guardalign.defenses import defense_of, fingerprint_of
 from guardalign.detectors import DETECTORS
 from guardalign.errors import InputError, ResumeError, RunFailedError
 from guardalign.faults import reach
 from guardalign.fingerprint import changed_files, differences, refuse_foreign_calibration, science
+from guardalign.ignored import ignored_settings
 from guardalign.journal import FOLDER as JOURNAL
 from guardalign.judges import judge_of, pinned
 from guardalign.lock import Lock

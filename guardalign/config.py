@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from guardalign.credentials import refuse_credentials_in
 from guardalign.errors import require
@@ -326,47 +326,6 @@ class AuditConfig:
             "max_error_fraction must lie in [0, 1]",
         )
         require(bool(self.output), "output is empty; name a folder")
-
-
-def ignored_settings(config: AuditConfig) -> tuple[str, ...]:
-    """Sentences on settings that have no effect beside the others."""
-    found = []
-    if config.sanitizer.name != "none" and config.detector.name == "none":
-        found.append(f"sanitizer {config.sanitizer.name} is left out: without a detector there is nothing to blank")
-    if config.sanitizer.name != "none" and config.detector.name == "clip":
-        found.append(f"sanitizer {config.sanitizer.name} blanks nothing: detector clip scores no patches")
-    drawn = config.generation
-    if (config.defense.name, config.defense.options.get("profile")) == ("safecode", "released"):
-        if (drawn.temperature, drawn.top_p, drawn.top_k) != (0, 1, 0):
-            found.append("generation.temperature, top_p and top_k have no effect: defense.profile released has its own")
-    elif drawn.temperature == 0 and (drawn.top_p != 1 or drawn.top_k != 0):
-        found.append("generation.top_p and top_k have no effect at temperature 0, which decodes greedily")
-    if config.cluster.judge_actors > 1 and not _judges_apart(config.judge):
-        found.append(f"cluster.judge_actors has no effect: judge {config.judge.name} works in the second pool")
-    for limit in ("shard_seconds", "worker_gib"):
-        if not config.cluster.isolated and getattr(config.cluster, limit) != getattr(ClusterConfig, limit):
-            found.append(f"cluster.{limit} has no effect: cluster.isolated is false")
-    if config.images.keep == "flagged" and config.detector.name == "none":
-        found.append("images.keep flagged keeps nothing: without a detector nothing is flagged")
-    return (*found, *_ignored_web_settings(config.input))
-
-
-WITHOUT_REFERENCES: Final[frozenset[str]] = frozenset({EMBEDDED, "micro", "webdataset", "figstep", "figstep-suffix"})
-"""Input formats whose rows name no picture of their own."""
-
-
-def _ignored_web_settings(config: InputConfig) -> tuple[str, ...]:
-    if not config.allow_urls:
-        idle = [name for name in ("url_seconds", "url_bytes") if getattr(config, name) != getattr(InputConfig, name)]
-        return tuple(f"input.{name} has no effect: input.allow_urls is false" for name in idle)
-    if config.format in WITHOUT_REFERENCES:
-        return (f"input.allow_urls has no effect: rows of input.format {config.format} name no pictures",)
-    return ()
-
-
-def _judges_apart(judge: Choice) -> bool:
-    """Whether the judge has a model of its own, or an endpoint, and so a pool of its own."""
-    return judge.name not in ("none", "refusal") and judge.options.get("model") != "target"
 
 
 def to_plain(config: object) -> Any:

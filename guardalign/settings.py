@@ -173,18 +173,39 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _yaml_file(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _OnceLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     except RecursionError:
         raise ConfigError(f"the config file {path} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the config file {path} is no YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        raise ConfigError(f"the config file {path} holds no settings")
     if not isinstance(content, dict):
         raise ConfigError(f"the config file {path} must hold settings as 'name: value', not a {type(content).__name__}")
     if _is_deep(content, DEEPEST):
         raise ConfigError(f"the config file {path} is nested too deeply")
+    odd = next((key for key in content if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ConfigError(f"the config file {path}: {odd!r} is no name of a setting")
     return content
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As it is, but for a key that stands there twice; what is merged in (`<<`) may be stated again."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str":
+                line = key.start_mark.line + 1
+                if key.value in first:
+                    raise yaml.YAMLError(f"it states {key.value} twice, in lines {first[key.value]} and {line}")
+                first[key.value] = line
+        return node
 
 
 def _is_deep(value: Any, levels: int) -> bool:
@@ -295,6 +316,8 @@ def _mistake(message: str, parser: ArgumentParser) -> ConfigError:
         if found["flag"] and not key.startswith("--"):
             return ConfigError(f"{key!r} belongs to no setting; flags look like --shard_rows 20")
         name = key.removeprefix("--").split("=")[0]
+        if name == "config":
+            return ConfigError("config is no setting of a file: give --config FILE for each file")
         return UnknownSettingError(name, ["recipe", "config", *(action.dest for action in parser._actions)])
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text.removeprefix("argument --"))
     text = re.sub(
@@ -303,7 +326,10 @@ def _mistake(message: str, parser: ArgumentParser) -> ConfigError:
         text,
     )
     text = re.sub(r"Expected an? ", "expected ", re.sub(r"\. Got value: ", ", got ", text))
-    text = re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
+    text = text.replace("CalibrationRecord, NoneType", "what guardalign calibrate wrote, null").replace(
+        "NoneType", "null"
+    )
     advice = "; a list is written '[one, two]'" if "expected list" in text or "list[" in text else ""
     return ConfigError(f"{text}{advice}")
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "guardalign"
 FLOORS = (
-    ("types", "errors", "schema", "config", "credentials", "version", "faults", "in_hand"),
+    ("types", "errors", "schema", "config", "ignored", "credentials", "version", "faults", "in_hand"),
     ("core",),
     ("models",),
     ("taxonomy", "detectors", "sanitizers", "judges", "sources", "benchmarks", "defenses"),

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from guardalign.cli import main
-from guardalign.config import EMBEDDED, WITHOUT_REFERENCES, ignored_settings
+from guardalign.config import EMBEDDED
 from guardalign.errors import ConfigError
 from guardalign.fingerprint import science
+from guardalign.ignored import WITHOUT_REFERENCES, ignored_settings
 from guardalign.settings import as_yaml, load_settings, recipe_names
 from guardalign.sources import SOURCES
 
@@ -97,6 +98,29 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
     assert "YAML" in message(files=(written(tmp_path, "a.yaml", "a: [1\n"),))
     assert "list" in message(files=(written(tmp_path, "b.yaml", "- 1\n"),))
     assert "input" in message(files=(written(tmp_path, "c.yaml", "input:\n"),))
+    assert "holds no settings" in message(files=(written(tmp_path, "d.yaml", "# nothing\n"),))
+    assert "e.yaml: 1 is no name" in message(files=(written(tmp_path, "e.yaml", "1: 2\n"),))
+    assert "give --config" in message(files=(written(tmp_path, "f.yaml", "config: g.yaml\n"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("limit: 1\nlimit: 2\n", "limit"), ("lvlm:\n  model: a\n  model: b\n", "model")]
+)
+def test_a_setting_that_a_file_states_twice_is_refused(text: str, key: str, tmp_path: Path) -> None:
+    assert f"states {key} twice, in lines" in message(files=(written(tmp_path, "a.yaml", text),))
+
+
+def test_a_file_may_merge_what_it_has_anchored(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "a.yaml", "lvlm: &own\n  batch_size: 3\njudge:\n  name: none\nclip:\n  <<: *own\n  batch_size: 5\n"
+    )
+    config = load_settings(None, [path], [])
+    assert (config.lvlm.batch_size, config.clip.batch_size) == (3, 5)
+
+
+def test_types_are_named_as_a_user_writes_them() -> None:
+    assert "expected one of float, null; got nan" in message("--detector.threshold", "nan")
+    assert "guardalign calibrate" in message("--calibration", "5")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +131,10 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
         (("--generation.top_p", "0.5"), "greedily"),
         (("--generation.top_k", "5"), "greedily"),
         (("--detector.name", "none", "--sanitizer.name", "none", "--images.keep", "flagged"), "nothing is flagged"),
+        (("--generation.seed", "5"), "generation.seed has no effect at temperature 0"),
+        (("--images.thumbnail_size", "5"), "images.keep is none"),
+        (("--lvlm.revision", "main"), "one revision"),
+        (("--engine", "local", "--cluster.detect_actors", "4"), "cluster.detect_actors: no effect, the local engine"),
         (("--input.url_seconds", "5"), "input.url_seconds has no effect: input.allow_urls is false"),
         (("--input.url_bytes", "5"), "input.url_bytes has no effect: input.allow_urls is false"),
         (("--input.allow_urls", "true"), "input.allow_urls has no effect: rows of input.format embedded name no"),

@@ -21,12 +21,12 @@ from guardalign.config import (
     GenerationConfig,
     InputConfig,
     LvlmConfig,
-    ignored_settings,
     to_plain,
 )
 from guardalign.detectors import DETECTORS
 from guardalign.errors import ConfigError, require
 from guardalign.evaluation.judging import OWN_JUDGES
+from guardalign.ignored import ignored_settings
 from guardalign.judges import Judge, judge_of, pinned
 from guardalign.settings import load_recipe, recipe_names, refuse_settings, states
 

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from guardalign.config import AuditConfig, Choice, GenerationConfig, LvlmConfig, ignored_settings
+from guardalign.config import AuditConfig, Choice, GenerationConfig, LvlmConfig
 from guardalign.core.contrast import begins_a_sentence, best_opening, noisy_view, suppressing_bias
 from guardalign.defenses import answered
 from guardalign.defenses.plain import NoDefense, seed_of
 from guardalign.defenses.safecode import SafeCoDe
 from guardalign.errors import ConfigError
+from guardalign.ignored import ignored_settings
 from guardalign.micro import FOLDER, resolve_lvlm
 from guardalign.micro.dialogues import REFUSAL
 from guardalign.models.asking import Answer, Ask, Asking, continued
