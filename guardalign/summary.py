@@ -113,6 +113,7 @@ def summary_lines(
     """The closing summary."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in whole.errors.items()) or "none"
     speed = f"{this_run.images / seconds:.1f} images/s, {this_run.tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
+    warnings = (*warnings, *(["not one row was answered"] if whole.rows and not whole.answered else []))
     return [
         f"rows      {whole.rows:,}: {whole.answered:,} answered, {whole.num_errors:,} errors",
         f"flagged   {rate(whole.flagged, whole.detected)}",

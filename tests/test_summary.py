@@ -20,6 +20,11 @@ def test_deaths_of_workers_are_told_when_there_were_any() -> None:
     assert not [line for line in lines(quiet) if line.startswith("workers")]
 
 
+def test_a_run_without_an_answer_says_so() -> None:
+    assert "warning   not one row was answered" in lines(Receipt(0, 4, errors={"prompt_too_long": 4}))
+    assert not [line for line in lines(Receipt(0, 4, errors={"prompt_too_long": 3})) if line.startswith("warning")]
+
+
 def test_a_defenses_own_verdicts_are_counted_where_it_has_any() -> None:
     told = lines(Receipt(0, 4, defense_judged=3, defense_flagged=1), Receipt(1, 4, defense_judged=1))
     assert [line for line in told if line.startswith("defense   flagged 1 of 4 (25.0%")]
