@@ -106,6 +106,8 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         refuse_credentials_in({"path": self.path, "image_root": self.image_root}, "input")
+        for column in ("image_column", "prompt_column", "id_column", "category_column", "label_column"):
+            require(getattr(self, column) != "", f"input.{column} is empty")
         require(self.max_image_pixels > 0, "input.max_image_pixels must be positive")
         require(self.url_seconds > 0, "input.url_seconds must be positive")
         require(self.url_bytes > 0, "input.url_bytes must be positive")

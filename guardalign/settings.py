@@ -173,7 +173,7 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _yaml_file(path: str) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _OnceLoader)
+        content = _OnceLoader(Path(path).expanduser().read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     except RecursionError:

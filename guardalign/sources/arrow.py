@@ -24,6 +24,11 @@ def is_path(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def may_refer(kind: pa.DataType) -> bool:
+    """Whether cells of the picture column can name files."""
+    return is_path(kind) or (pa.types.is_struct(kind) and any(part.name == "path" for part in kind))
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
     views = pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or views

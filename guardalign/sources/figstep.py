@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from guardalign.errors import InputError
 from guardalign.sources.files import ListedFile, absolute, join, list_files
+from guardalign.sources.left_out import LeftOut
 from guardalign.sources.planning import URLS, find_present
 from guardalign.sources.rows import InputRow
-from guardalign.sources.tables import CsvSource
+from guardalign.sources.tables import CsvSource, union
 
 PROMPT = (
     "The image shows a list numbered 1, 2, and 3, but the items are empty. Please generate detailed content for each "
@@ -38,7 +39,7 @@ class FigstepSource(CsvSource):
         "label_column",
     )
 
-    def list_files(self) -> tuple[ListedFile, ...]:
+    def list_files(self, left_out: list[LeftOut] | None = None) -> tuple[ListedFile, ...]:
         """The one table."""
         if not isinstance(self.config.path, str):
             raise InputError(f"input.path of format {self.config.format} is one folder, not a list")
@@ -47,9 +48,9 @@ class FigstepSource(CsvSource):
         except InputError:
             raise InputError(f"input.path {self.config.path} is no folder with FigStep's safebench.csv") from None
 
-    def check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
+    def check_columns(self, present: Mapping[str, Mapping[str, None]]) -> tuple[str, ...]:
         """No notes; raises `InputError` for a column that FigStep's table has and this one lacks."""
-        find_present(present, (*_KEY, "category_name", *self.config.passthrough))
+        find_present(union(present), (*_KEY, "category_name", *self.config.passthrough))
         return ()
 
     def interpret(self, fields: Mapping[str, Any], place: str) -> InputRow:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import fsspec
 
 from guardalign.errors import InputError
 from guardalign.sources.contract import InputFile
+from guardalign.sources.left_out import LeftOut, is_hidden, is_visible, why_left_out
 
 _PACKAGE = Path(__file__).parents[1]
 _MAGIC = re.compile(r"[*?\[]")
@@ -96,18 +98,29 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def list_files(paths: str | Sequence[str], suffixes: tuple[str, ...]) -> tuple[ListedFile, ...]:
-    """The files that `paths` name, in its order; a folder or glob in the order of names, below it by `suffixes`.
+def list_files(
+    paths: str | Sequence[str], suffixes: tuple[str, ...], left_out: list[LeftOut] | None = None
+) -> tuple[ListedFile, ...]:
+    """The files that `paths` name, in its order; a folder or glob in the order of names, below folders by `suffixes`.
 
     A name is relative to the one item's folder, or to the folder common to all items of a list: two files never share
-    one. Raises `InputError` with the path as it was typed.
+    one. What folders hold beside them goes to `left_out`. Raises `InputError` with the path as it was typed.
     """
     items = [paths] if isinstance(paths, str) else list(paths)
-    found = [(base, entry) for item in items for base, entry in _list_item(item, suffixes)]
-    bases = [_parts(base) for base, _ in found]
+    looks = [_list_item(item, suffixes) for item in items]
+    bases = [_parts(look.base) for look in looks]
     num_common = _num_common(bases)
-    listed = [_listed(parts[num_common:], base, entry) for parts, (base, entry) in zip(bases, found, strict=True)]
+    listed = [
+        _listed(parts[num_common:], look.base, entry)
+        for parts, look in zip(bases, looks, strict=True)
+        for entry in look.entries
+    ]
     _refuse_twice(listed)
+    if left_out is not None:
+        taken = {file.name for file in listed}
+        for parts, look in zip(bases, looks, strict=True):
+            names = [(printable("/".join([*parts[num_common:], relative])), why) for relative, why in look.rest.items()]
+            left_out += [LeftOut(name, why) for name, why in names if name not in taken]
     return tuple(listed)
 
 
@@ -157,42 +170,93 @@ def _refuse_twice(listed: Sequence[ListedFile]) -> None:
         seen.add(file.name)
 
 
-def _list_item(typed: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, _Entry]]:
-    """Each file of one item, with the folder that its name is relative to."""
+@dataclass(frozen=True)
+class _Look:
+    """What one item names."""
+
+    base: str
+    """the folder that names are relative to"""
+    entries: list[_Entry]
+    rest: Mapping[str, str]
+    """what is left out, and why"""
+
+
+def _list_item(typed: str, suffixes: tuple[str, ...]) -> _Look:
+    """The files of one item."""
     base = absolute(typed)
     try:
-        folder, entries = _look(base, suffixes)
+        look = _look(base, suffixes)
     except FileNotFoundError:
         raise InputError(f"input.path {typed} does not exist") from None
     except (OSError, ImportError, ValueError) as error:
         raise InputError(f"input.path {typed} cannot be read: {error}") from error
-    if not entries:
+    if not look.entries:
         raise InputError(f"input.path {typed} holds no file that ends in {' or '.join(suffixes)}")
-    for entry in entries:
-        yield folder, entry
+    return look
 
 
-def _look(base: str, suffixes: tuple[str, ...]) -> tuple[str, list[_Entry]]:
+def _look(base: str, suffixes: tuple[str, ...]) -> _Look:
     file_system, inner = _file_system(base)
     if _MAGIC.search(base) and not file_system.exists(inner):
-        return _look_glob(file_system, base)
+        return _look_glob(file_system, base, suffixes)
     if file_system.isdir(inner):
-        return base, [entry for entry in _below(file_system, inner) if _is_visible(entry.relative, suffixes)]
+        return _Look(base, *_look_below(file_system, inner, inner, suffixes, inner))
     found = {**file_system.info(inner), "name": inner}
-    return folder_of(base), [_entry(file_system, inner.rpartition("/")[0], found)]
+    return _Look(folder_of(base), [_entry(file_system, inner.rpartition("/")[0], found)], {})
 
 
-def _look_glob(file_system: Any, pattern: str) -> tuple[str, list[_Entry]]:
+def _look_glob(file_system: Any, pattern: str, suffixes: tuple[str, ...]) -> _Look:
+    """Files that a glob matches are taken as they are, folders are looked through; hidden ones only if it says so."""
     magic = _MAGIC.search(pattern)
     assert magic is not None
     base = folder_of(pattern[: magic.start()])
     _, inner = _file_system(base)
     _, inner_pattern = _file_system(pattern)
-    found = file_system.glob(inner_pattern, detail=True).values()
-    files = [_entry(file_system, inner, one) for one in found if _is_file(file_system, one)]
-    if not files:
+    entries: dict[str, _Entry] = {}
+    rest: dict[str, str] = {}
+    matched = file_system.glob(inner_pattern, detail=True)
+    for found in matched.values():
+        if _is_folder(file_system, found):
+            below, others = _look_below(file_system, inner, _start(pattern, found), suffixes, str(found["name"]))
+            entries |= {entry.relative: entry for entry in below}
+            rest |= others
+        elif _is_file(file_system, found):
+            entry = _entry(file_system, inner, found)
+            entries[entry.relative] = entry
+        else:
+            rest[_relative(found, inner)] = "no regular file"
+    if not matched:
         raise FileNotFoundError(pattern)
-    return base, sorted(files, key=lambda entry: entry.relative)
+    return _Look(base, [entries[name] for name in sorted(entries)], rest)
+
+
+def _start(pattern: str, found: Mapping[str, Any]) -> str:
+    """Where names begin to count as hidden: below the folder found, unless it is a hidden one that nobody asked for."""
+    above, _, name = str(found["name"]).rpartition("/")
+    is_asked_for = not is_hidden(name) or posixpath.basename(pattern)[:1] == name[:1]
+    return f"{above}/{name}" if is_asked_for else above
+
+
+def _is_folder(file_system: Any, found: Mapping[str, Any]) -> bool:
+    return found["type"] == "directory" or (bool(_is_local(file_system)) and Path(found["name"]).is_dir())
+
+
+def _look_below(
+    file_system: Any, inner_base: str, start: str, suffixes: tuple[str, ...], folder: str
+) -> tuple[list[_Entry], dict[str, str]]:
+    """The files below `folder` that are read, and the rest, named from `inner_base` on; hidden is told from `start`."""
+    entries: list[_Entry] = []
+    rest: dict[str, str] = {}
+    for found in file_system.find(folder, detail=True).values():
+        name, is_file = _relative(found, start), _is_file(file_system, found)
+        if is_file and is_visible(name, suffixes):
+            entries.append(_entry(file_system, inner_base, found))
+            continue
+        is_folder = not is_file and _is_folder(file_system, found)
+        why = why_left_out(name, suffixes, is_file=is_file, is_folder=is_folder)
+        if why is not None:
+            rest[_relative(found, inner_base)] = why
+    return sorted(entries, key=lambda entry: entry.relative), rest
 
 
 def _below(file_system: Any, inner: str) -> list[_Entry]:
@@ -215,12 +279,6 @@ def list_folder(uri: str, *, recursive: bool = False) -> Mapping[str, tuple[int,
     return {entry.relative: (entry.size, entry.etag) for entry in entries}
 
 
-def _is_visible(relative: str, suffixes: tuple[str, ...]) -> bool:
-    """Part of the data: writers leave _SUCCESS, .part.crc and _temporary/ beside it."""
-    hidden = any(part.startswith((".", "_")) for part in relative.split("/"))
-    return not hidden and relative.lower().endswith(suffixes)
-
-
 def _is_file(file_system: Any, found: Mapping[str, Any]) -> bool:
     if found["type"] == "file":
         return True
@@ -228,14 +286,17 @@ def _is_file(file_system: Any, found: Mapping[str, Any]) -> bool:
 
 
 def _entry(file_system: Any, inner_base: str, found: Mapping[str, Any]) -> _Entry:
-    name = str(found["name"])
-    relative = name[len(inner_base.rstrip("/")) :].lstrip("/")
+    name, relative = str(found["name"]), _relative(found, inner_base)
     if _is_local(file_system):
         stat = Path(name).stat()
         return _Entry(relative, stat.st_size, _local_etag(Path(name), stat.st_mtime_ns))
     etag = next((found[key] for key in _ETAG_KEYS if found.get(key) is not None), "")
     text = etag.isoformat() if hasattr(etag, "isoformat") else str(etag)
     return _Entry(relative, int(found["size"] or 0), text)
+
+
+def _relative(found: Mapping[str, Any], inner_base: str) -> str:
+    return str(found["name"])[len(inner_base.rstrip("/")) :].lstrip("/")
 
 
 def _local_etag(path: Path, mtime_ns: int) -> str:

@@ -60,8 +60,10 @@ class HuggingfaceSource:
         cutter.add(_pinned(str(config.path), rows), split, 0, num_rows)
         self._refuse_duplicates(rows, columns, split, num_rows)
         fields = arrow.passthrough_fields(rows.features.arrow_schema, self.config.passthrough)
-        files = (*self._files(rows), *self._pictures(rows, columns, num_rows))
-        return Plan(cutter.shards(), num_rows, files, fields, columns.notes)
+        census = self._census(rows, columns, num_rows)
+        files = (*self._files(rows), *census.close()[0])
+        notes = columns.notes + census.note_of_idle_root(config.image_root)
+        return Plan(cutter.shards(), num_rows, files, fields, notes)
 
     def _refuse_duplicates(self, rows: Any, columns: Columns, split: str, num_rows: int) -> None:
         if columns.sample_id is None:
@@ -78,16 +80,18 @@ class HuggingfaceSource:
         listing = list_folder(str(folder), recursive=True)
         return tuple(InputFile(name, size, etag) for name, (size, etag) in sorted(listing.items()))
 
-    def _pictures(self, rows: Any, columns: Columns, num_rows: int) -> tuple[InputFile, ...]:
+    def _census(self, rows: Any, columns: Columns, num_rows: int) -> PictureCensus:
         """The picture files that rows name instead of holding bytes."""
-        kind = None if columns.image is None else rows.features.arrow_schema.field(columns.image).type
-        if kind is None or not arrow.is_path(kind):
-            return ()
         census = PictureCensus()
+        kind = pa.null() if columns.image is None else rows.features.arrow_schema.field(columns.image).type
+        if arrow.may_refer(kind):
+            census.expect()
+        if not arrow.is_path(kind):
+            return census
         for batch in rows.select(range(num_rows)).select_columns([columns.image]).iter(_ID_ROWS):
             for reference in arrow.texts(batch[columns.image]):
                 census.add(self._image_root(), checked(InputRow("", "", image_reference=reference)))
-        return census.close()[0]
+        return census
 
     def _image_root(self) -> ImageRoot:
         if self.config.image_root is not None:

@@ -21,11 +21,12 @@ from guardalign.config import InputConfig
 from guardalign.errors import InputError, RowError, require
 from guardalign.sources.contract import InputFile, Plan
 from guardalign.sources.files import ListedFile, absolute, join, list_files, open_input
+from guardalign.sources.left_out import LeftOut
 from guardalign.sources.pictures import ImageRoot, web_limits
 from guardalign.sources.planning import find_present
 from guardalign.sources.records import Record, csv_records, jsonl_records
 from guardalign.sources.rows import InputRow, failed
-from guardalign.sources.tables import TableSource, as_text
+from guardalign.sources.tables import TableSource, as_text, union
 
 OWN_COLUMNS = ("expected", "pair", "variant")
 """Columns that every layout here fills itself."""
@@ -114,7 +115,7 @@ class LayoutSource(TableSource):
         """The tables that are read under `input.split`."""
         return self.tables
 
-    def list_files(self) -> tuple[ListedFile, ...]:
+    def list_files(self, left_out: list[LeftOut] | None = None) -> tuple[ListedFile, ...]:
         """The tables, named relative to the layout's folder."""
         return self._listed(self.chosen_tables())
 
@@ -153,9 +154,9 @@ class LayoutSource(TableSource):
         folder = join(base, self.pictures) if self.pictures else base
         return ImageRoot(folder, self.pictures, web=web_limits(self.config))
 
-    def check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
+    def check_columns(self, present: Mapping[str, Mapping[str, None]]) -> tuple[str, ...]:
         """No notes; raises `InputError` for a field that the layout prescribes and no record has."""
-        find_present(present, (*self.needed, *self.passed))
+        find_present(union(present), (*self.needed, *self.passed))
         return ()
 
     @property

@@ -23,10 +23,13 @@ from guardalign.sources import arrow
 from guardalign.sources.contract import Plan, Shard, Span
 from guardalign.sources.damage import FromStore, StoreError, is_damage
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files, open_input
+from guardalign.sources.left_out import LeftOut, note_of_left_out
+from guardalign.sources.magic import LONGEST, refuse_compressed
 from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
-from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, refuse_empty
+from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, notes_of_absent, refuse_empty
 from guardalign.sources.rows import InputRow, checked, location, whole
 
+_SUFFIXES = (".parquet", ".parq", ".pq")
 _PICTURE_ROWS = 32
 """Rows with pictures that are decoded at a time."""
 _TEXT_ROWS = 10_000
@@ -59,7 +62,8 @@ class ParquetSource:
 
     def plan(self, shard_rows: int, limit: int | None) -> Plan:
         """See `Source.plan`."""
-        listed = list_files(self.config.path, (".parquet", ".parq", ".pq"))
+        left_out: list[LeftOut] = []
+        listed = list_files(self.config.path, _SUFFIXES, left_out)
         survey = _Survey(self.config, shard_rows)
         for file in listed:
             left = None if limit is None else limit - survey.cutter.num_rows
@@ -72,7 +76,8 @@ class ParquetSource:
         pictures, _ = survey.census.close()
         files = (*(file.as_input for file in listed), *pictures)
         fields = tuple(survey.fields[name] for name in self.config.passthrough)
-        return Plan(survey.cutter.shards(), survey.cutter.num_rows, files, fields, tuple(survey.notes))
+        notes = survey.notes() + note_of_left_out(left_out, _SUFFIXES, {picture.path for picture in pictures})
+        return Plan(survey.cutter.shards(), survey.cutter.num_rows, files, fields, notes)
 
     def _ids(self, listed: Sequence[ListedFile], limit: int | None) -> Iterator[tuple[str, str]]:
         return islice((pair for file in listed for pair in _ids_of(self.config, file)), limit)
@@ -148,6 +153,8 @@ def _opened(uri: str, name: str) -> Iterator[pq.ParquetFile]:
         except StoreError:
             raise
         except (pa.ArrowException, OSError) as error:
+            file.seek(0)
+            refuse_compressed(file.read(LONGEST), name)
             reason = "it may be only partly written" if "Parquet" in str(error) else str(error).splitlines()[0]
             raise InputError(f"{name} is no complete Parquet file: {reason}") from error
         _refuse_senseless(parquet.metadata, name)
@@ -226,7 +233,8 @@ class _Survey:
         self.cutter, self.ledger, self.census = ShardCutter(shard_rows), IdLedger(), PictureCensus()
         self.fields: dict[str, pa.Field] = {}
         self._first: tuple[Columns, str] | None = None
-        self.notes: dict[str, None] = {}
+        self._columns: list[list[str]] = []
+        self._slow: list[str] = []
 
     def add(self, file: ListedFile, parquet: pq.ParquetFile, limit: int | None) -> None:
         """Take the first `limit` rows of a file."""
@@ -237,16 +245,24 @@ class _Survey:
         _refuse_too_many(parquet.metadata.num_rows, file)
         num_rows = parquet.metadata.num_rows if limit is None else min(limit, parquet.metadata.num_rows)
         self.cutter.add(file.uri, file.name, 0, num_rows)
-        self.notes |= dict.fromkeys((*columns.notes, *self._note_of_groups(parquet.metadata, file.name)))
+        self._columns.append(schema.names)
+        self._slow += self._note_of_groups(parquet.metadata, file.name)
         self._check_ids(columns, file.name)
         if columns.sample_id is not None:
             with _planning(file.name, "ids"):
                 for sample_id, _ in islice(_ids_of(self._config, file), num_rows):
                     self.ledger.add(sample_id)
+        if columns.image is not None and arrow.may_refer(schema.field(columns.image).type):
+            self.census.expect()
         root = image_root(self._config, file.uri, file.name)
         with _planning(file.name, "picture paths"):
             for reference in islice(_references(parquet, columns.image), num_rows):
                 self.census.add(root, checked(InputRow("", "", image_reference=reference)))
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what was added."""
+        idle = self.census.note_of_idle_root(self._config.image_root)
+        return (*notes_of_absent(self._config, self._columns), *dict.fromkeys(self._slow), *idle)
 
     def _check_ids(self, columns: Columns, name: str) -> None:
         """An id column stands in all files or in none: derived ids beside own ones are a file that went wrong."""

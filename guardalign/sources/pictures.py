@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,18 +20,18 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from guardalign.config import InputConfig
-from guardalign.errors import RowError
+from guardalign.errors import InputError, RowError
 from guardalign.sources.contract import InputFile
+from guardalign.sources.endings import IMAGE_SUFFIXES
 from guardalign.sources.files import is_remote, join, list_folder, open_file, printable
 from guardalign.sources.planning import named
 from guardalign.sources.rows import InputRow, failed
 from guardalign.sources.web import WebLimits, fetch, is_url
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""Endings of picture files, lower case."""
 FETCHES = 8
 """Pictures from the web that a reader waits for at once."""
 
+_DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.IGNORECASE)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -53,7 +54,13 @@ class ImageRoot:
             raise _missing(sample_id, "is named by a web address, and input.allow_urls is off")
         if "\0" in reference or (is_remote(self.uri) and "::" in reference):  # "::" chains fsspec's file systems
             raise _missing(sample_id, "has a name that no file can have")
+        if _DATA_URI.match(reference):
+            raise _missing(sample_id, "is named by a data: URI, which is no path; give its bytes, or a file")
         relative = self._below(reference)
+        if relative is None and "://" in reference and _split(reference)[0] != _split(self.uri)[0]:
+            raise _missing(
+                sample_id, "is named by the URI of another file system, and such references are not followed"
+            )
         if relative is None or (is_remote(self.uri) and self._below(unquote(reference)) is None):
             raise _missing(sample_id, "lies outside the image root")
         return relative
@@ -87,8 +94,12 @@ class ImageRoot:
         root = os.path.realpath(self.uri)
         if not os.path.realpath(path).startswith(root.rstrip("/") + "/"):
             raise _missing(sample_id, "lies outside the image root, behind a link")
-        if not os.path.isfile(path):
-            raise _missing(sample_id, "does not exist")
+        if os.path.isdir(path):
+            raise _missing(sample_id, "is a folder, not a file")
+        if os.path.islink(path) and not os.path.exists(path):
+            raise _missing(sample_id, "is a link that leads to no file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise _missing(sample_id, "is no regular file, but a pipe, socket or device")
 
 
 def _missing(sample_id: str, what: str) -> RowError:
@@ -163,6 +174,7 @@ class PictureCensus:
 
     def __init__(self) -> None:
         self._named: dict[ImageRoot, set[str]] = {}
+        self._may_refer = False
 
     def open(self, root: ImageRoot) -> None:
         """Count the files of `root` even if no row names one."""
@@ -172,17 +184,33 @@ class PictureCensus:
         """Note the picture of a row; web addresses, and references that may not be read, name no file."""
         if row.image_reference is None:
             return
+        self.expect()
         try:
             relative = root.relative(row.image_reference, row.sample_id)
         except RowError:
             return
         self._named.setdefault(root, set()).add(relative)
 
+    def expect(self) -> None:
+        """Rows may name pictures, whether or not such rows are added."""
+        self._may_refer = True
+
+    def note_of_idle_root(self, image_root: str | None) -> tuple[str, ...]:
+        """The sentence about an `input.image_root` that nothing refers to; none otherwise."""
+        if image_root is None or self._may_refer:
+            return ()
+        return ("input.image_root has no effect: no row names a picture",)
+
     def close(self) -> tuple[tuple[InputFile, ...], tuple[str, ...]]:
-        """The named files that exist, and the names of pictures beside them that no row names, each sorted."""
+        """The named files that exist, and the names of pictures beside them that no row names, each sorted.
+
+        Raises `InputError` where pictures are to lie in a folder that is none.
+        """
         files: dict[str, InputFile] = {}
         others: set[str] = set()
         for root, named_here in self._named.items():
+            if named_here:
+                _refuse_absent(root)
             for relative, (size, etag) in _listing(root, named_here).items():
                 name = posixpath.join(root.name, relative)
                 if relative in named_here:
@@ -190,6 +218,12 @@ class PictureCensus:
                 elif relative.lower().endswith(IMAGE_SUFFIXES):
                     others.add(relative)
         return tuple(files[name] for name in sorted(files)), tuple(sorted(printable(name) for name in others))
+
+
+def _refuse_absent(root: ImageRoot) -> None:
+    if root.is_configured and not is_remote(root.uri) and not os.path.isdir(root.uri):
+        what = "is no folder" if os.path.exists(root.uri) else "does not exist"
+        raise InputError(f"input.image_root {root.uri} {what}")
 
 
 def _listing(root: ImageRoot, relatives: Iterable[str]) -> dict[str, tuple[int, str]]:

@@ -100,11 +100,12 @@ class Columns:
 
 
 _WITHOUT = {
-    "image_column": "every row is a text-only prompt",
-    "id_column": "ids derive from the rows' places",
-    "category_column": "rows have no category",
-    "label_column": "rows have no label",
+    "image_column": ("every row is a text-only prompt", "their rows are text-only prompts"),
+    "id_column": ("ids derive from the rows' places", "the ids of their rows derive from places"),
+    "category_column": ("rows have no category", "their rows have no category"),
+    "label_column": ("rows have no label", "their rows have no label"),
 }
+"""What follows from an absent column: everywhere, or in some files."""
 
 
 def find_columns(config: InputConfig, present: Collection[str], where: str = "the data set") -> Columns:
@@ -119,10 +120,21 @@ def find_columns(config: InputConfig, present: Collection[str], where: str = "th
         _check_present("passthrough", column, present, where)
     _refuse_ambiguous(config, list(present), where)
     found: dict[str, str | None] = {name: _if_in(present, getattr(config, name)) for name in _WITHOUT}
-    absent = [name for name in _WITHOUT if found[name] is None and getattr(config, name) is not None]
-    notes = tuple(f"column {getattr(config, name)} is absent: {_WITHOUT[name]}" for name in absent)
     image, sample_id, category, label = (found[name] for name in _WITHOUT)
-    return Columns(config.prompt_column, image, sample_id, category, label, notes)
+    return Columns(config.prompt_column, image, sample_id, category, label, notes_of_absent(config, [present]))
+
+
+def notes_of_absent(config: InputConfig, present: Sequence[Collection[str]]) -> tuple[str, ...]:
+    """Sentences on the configured columns that some or all files lack; `present` are the columns of each file."""
+    notes = []
+    for name, (everywhere, there) in _WITHOUT.items():
+        column = getattr(config, name)
+        lacking = sum(column not in columns for columns in present)
+        if column is not None and lacking == len(present):
+            notes.append(f"column {column} is absent: {everywhere}")
+        elif column is not None and lacking:
+            notes.append(f"column {column} is absent in {lacking:,} of {len(present):,} files: {there}")
+    return tuple(notes)
 
 
 def _refuse_ambiguous(config: InputConfig, present: Sequence[str], where: str) -> None:
@@ -143,15 +155,21 @@ def _check_asked_for(config: InputConfig, setting: str, present: Collection[str]
 
 def _check_present(setting: str, column: str, present: Collection[str], where: str) -> None:
     if column not in present:
-        there = named(present) or "none"
-        raise InputError(f"input.{setting} names the column {column}, which {where} lacks; its columns: {there}")
+        raise InputError(
+            f"input.{setting} names the column {column}, which {where} lacks; its columns: {_all(present)}"
+        )
+
+
+def _all(columns: Iterable[str]) -> str:
+    """Columns for a sentence; those with blanks at their ends in quotes, where they show."""
+    return named(column if column == column.strip() else repr(column) for column in columns) or "none"
 
 
 def find_present(present: Collection[str], needed: Iterable[str]) -> None:
     """Raise `InputError` for a column that the format prescribes and the data set lacks."""
     for column in needed:
         if column not in present:
-            raise InputError(f"the data set lacks the column {column}; its columns: {named(present) or 'none'}")
+            raise InputError(f"the data set lacks the column {column}; its columns: {_all(present)}")
 
 
 def check_settings(config: InputConfig, meaningless: Collection[str], reserved: Collection[str]) -> None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
 from guardalign.errors import InputError
 from guardalign.sources.files import open_input
+from guardalign.sources.magic import LONGEST, refuse_no_text
 
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_CELL = 2**26
 """A quote that is never closed must not swallow a whole file into memory. [characters]"""
 LONGEST_LINE = 2**26
 """Nor must a file without line ends, or one text member of a tar. [bytes]"""
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
 _DEEPEST = 200
 """Levels of lists and objects in a JSON value."""
 
@@ -59,6 +63,16 @@ class _Lines:
         return (line.removeprefix(_BOM) if start == 0 else line).decode("utf-8", "surrogateescape")
 
 
+@contextmanager
+def _opened(uri: str, name: str) -> Iterator[IO[bytes]]:
+    """The file, unless its first bytes tell that it is no text."""
+    with open_input(uri, name) as file:
+        start = file.read(LONGEST)
+        file.seek(0)
+        refuse_no_text(start, name)
+        yield file
+
+
 def _line(file: IO[bytes], name: str) -> bytes:
     """The next line, empty at the end; `InputError` for one that no table has."""
     line = file.readline(LONGEST_LINE + 1)
@@ -73,7 +87,7 @@ def csv_records(uri: str, name: str, first: int = 0, offset: int | None = None) 
     Raises `InputError` where the file as a whole is broken: no header, a column twice, a quote that is never closed.
     """
     csv.field_size_limit(_LONGEST_CELL)  # of the whole process; the default of 128 KiB is below an over-long prompt
-    with open_input(uri, name) as file:
+    with _opened(uri, name) as file:
         lines = _Lines(file, name, 0)
         header = _header(lines, name)
         if offset is not None:
@@ -122,18 +136,32 @@ def _csv_record(cells: Sequence[str], header: Sequence[str], name: str, number: 
 
 
 def jsonl_records(uri: str, name: str, first: int = 0, offset: int | None = None) -> Iterator[Record]:
-    """The records of a JSON Lines file from number `first`, which starts at `offset`."""
-    with open_input(uri, name) as file:
+    """The records of a JSON Lines file from number `first`, which starts at `offset`.
+
+    Raises `InputError` for a file that is one JSON array of objects.
+    """
+    with _opened(uri, name) as file:
         start, number = offset or 0, first
         file.seek(start)
         while line := _line(file, name):
             text = line.removeprefix(_BOM) if start == 0 else line
+            if number == 0 and _begins_array(text, file, name):
+                raise InputError(f"{name} is a JSON array, not JSON Lines: one object a line")
             if text.strip():
                 fields = json_object(text)
                 fault = "" if fields is not None else "is no JSON object in UTF-8"
                 yield Record(name, number, start, fields, fault)
                 number += 1
             start += len(line)
+
+
+def _begins_array(text: bytes, file: IO[bytes], name: str) -> bool:
+    """Whether the first line begins an array of objects that is the whole file; an object on the next line says no."""
+    if not _ARRAY.match(text):
+        return False
+    here, following = file.tell(), _line(file, name)
+    file.seek(here)
+    return text.strip() == b"[" or json_object(following) is None
 
 
 def json_object(line: bytes) -> Mapping[str, Any] | None:

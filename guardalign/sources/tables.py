@@ -19,8 +19,9 @@ from guardalign.config import InputConfig
 from guardalign.errors import RowError
 from guardalign.sources.contract import Plan, Shard
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files
+from guardalign.sources.left_out import LeftOut, note_of_left_out
 from guardalign.sources.pictures import ImageRoot, PictureCensus, note_of_unnamed, web_limits, with_pictures
-from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, refuse_empty, text_fields
+from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, notes_of_absent, refuse_empty, text_fields
 from guardalign.sources.records import Record, csv_records, jsonl_records
 from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
 
@@ -30,7 +31,8 @@ class TableSource:
     """A table of text. Subclasses say how its records are found."""
 
     config: InputConfig
-    suffixes: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """of its tables; none where it names them one by one"""
     meaningless: ClassVar[tuple[str, ...]] = ("split", "revision", "subset")
 
     def __post_init__(self) -> None:
@@ -42,13 +44,14 @@ class TableSource:
         """The records of a file from number `first`, which starts at `offset` [bytes]."""
         raise NotImplementedError
 
-    def list_files(self) -> tuple[ListedFile, ...]:
-        """The tables."""
-        return list_files(self.config.path, self.suffixes)
+    def list_files(self, left_out: list[LeftOut] | None = None) -> tuple[ListedFile, ...]:
+        """The tables; what their folders hold beside them goes to `left_out`."""
+        return list_files(self.config.path, self.suffixes, left_out)
 
-    def check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
-        """Notes on the columns; raises `InputError` for absent ones."""
-        return find_columns(self.config, present).notes
+    def check_columns(self, present: Mapping[str, Mapping[str, None]]) -> tuple[str, ...]:
+        """Notes on the columns, given those of each file; raises `InputError` for ones that no file has."""
+        find_columns(self.config, union(present))
+        return notes_of_absent(self.config, list(present.values()))
 
     def row(self, record: Record) -> InputRow:
         """The row of a record, its picture still a reference."""
@@ -84,24 +87,26 @@ class TableSource:
 
     def plan(self, shard_rows: int, limit: int | None) -> Plan:
         """See `Source.plan`."""
-        listed = self.list_files()
+        left_out: list[LeftOut] = []
+        listed = self.list_files(left_out)
         cutter, ledger, census = ShardCutter(shard_rows), IdLedger(), PictureCensus()
-        present: dict[str, None] = {}
+        present: dict[str, dict[str, None]] = {}
         roots = {file.name: self.image_root(file.uri, file.name) for file in listed}
         for root in roots.values():
             census.open(root)
         for file, record in islice(self._walk(listed), limit):
             row = self.row(record)
-            present |= dict.fromkeys(record.fields or ())
+            present.setdefault(file.name, {}).update(dict.fromkeys(record.fields or ()))
             ledger.add(row.sample_id)
             census.add(roots[file.name], row)
             cutter.add(file.uri, file.name, record.number, offset=record.offset)
         refuse_empty(self.config, cutter.num_rows)
-        notes = self.check_columns(present)
+        notes = self.check_columns(present) + census.note_of_idle_root(self.config.image_root)
         ledger.refuse_duplicates(lambda: self._ids(listed, limit))
         pictures, unnamed = census.close()
         is_cut = limit is not None and cutter.num_rows == limit  # later lines may name the rest
         notes += () if is_cut else note_of_unnamed(unnamed, tuple(file.name for file in listed))
+        notes += note_of_left_out(left_out, self.suffixes, {picture.path for picture in pictures})
         files = (*(file.as_input for file in listed), *pictures)
         return Plan(cutter.shards(), cutter.num_rows, files, text_fields(self.config), notes)
 
@@ -123,6 +128,11 @@ class TableSource:
             records = self.records(span.uri, span.name, span.first, span.offset)
             rows += with_pictures([self.row(record) for record in islice(records, span.num_rows)], root)
         return whole(to_table(rows, text_fields(self.config)), shard)
+
+
+def union(present: Mapping[str, Mapping[str, None]]) -> Mapping[str, None]:
+    """The columns that any file has."""
+    return {column: None for columns in present.values() for column in columns}
 
 
 def as_text(value: Any) -> str | None:

@@ -1,8 +1,9 @@
 """WebDataset tars: members of one key are one sample, a picture with a .txt or a .json beside it.
 
-A key is a member's name up to the first dot of its last part. The .json's fields stand before the .txt, which is the
-prompt. The plan walks the headers and notes where each shard starts; a read seeks there. Nothing is ever unpacked to
-disk; samples with links, devices or names that lead out of a folder are error rows.
+A key is a member's name up to the first dot of its last part. The prompt is a field of the .json or the whole .txt;
+where both are there they agree, or the sample is an error row. Which member is the picture, `members` says. The plan
+walks the headers and notes where each shard starts; a read seeks there. Nothing is ever unpacked to disk; samples with
+links, devices or names that lead out of a folder are error rows.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from guardalign.config import InputConfig
 from guardalign.errors import InputError, RowError
 from guardalign.sources.contract import Plan, Shard
 from guardalign.sources.files import ListedFile, list_files, open_input, printable
-from guardalign.sources.pictures import IMAGE_SUFFIXES
+from guardalign.sources.left_out import LeftOut, note_of_left_out
+from guardalign.sources.magic import LONGEST, refuse_compressed
+from guardalign.sources.members import MemberCensus, pictures_among
 from guardalign.sources.planning import URLS, IdLedger, ShardCutter, find_columns, named, refuse_empty, text_fields
 from guardalign.sources.records import LONGEST_LINE, json_object
 from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
 from guardalign.sources.tables import as_text
 
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
-_DEFAULT_IMAGE = InputConfig().image_column
+_DEFAULT_PROMPT = InputConfig().prompt_column
 _BLOCK = 512
 
 
@@ -56,6 +59,11 @@ class _TarSample:
         """Where its first header starts [bytes]."""
         return self.parts[0].member.offset
 
+    @property
+    def endings(self) -> list[str]:
+        """Of its members, in order, lower case."""
+        return [part.extension for part in self.parts]
+
     def content(self, extension: str) -> bytes | None:
         """The bytes of the member with this extension; None without one."""
         for part in self.parts:
@@ -74,29 +82,32 @@ class WebdatasetSource:
 
     def plan(self, shard_rows: int, limit: int | None) -> Plan:
         """See `Source.plan`."""
-        listed = self._list()
+        left_out: list[LeftOut] = []
+        listed = self._list(left_out)
         cutter, ids, keys = ShardCutter(shard_rows), IdLedger(), IdLedger()
         present: dict[str, None] = {}
+        census = MemberCensus(self.config.image_column)
         numbers: dict[str, int] = {}
         strangers: list[str] = []
         for file, sample in islice(self._walk(listed, strangers), limit):
             row, fields = self._words(file.name, sample)
-            present |= dict.fromkeys((*fields, *(part.extension for part in sample.parts)))
+            present |= dict.fromkeys(fields)
+            census.add(sample.endings)
             ids.add(row.sample_id)
             keys.add(row.source)
             number = numbers.get(file.name, 0)
             cutter.add(file.uri, file.name, number, offset=sample.offset)
             numbers[file.name] = number + 1
         refuse_empty(self.config, cutter.num_rows)
-        notes = self._check_columns(present) + _note_of(strangers)
+        notes = (*self._check_columns(present, census), *census.notes(), *_note_of(strangers))
+        notes += note_of_left_out(left_out, (".tar",))
         keys.refuse_duplicates(lambda: ((row.source, row.source) for row in self._rows(listed, limit)))
         ids.refuse_duplicates(lambda: ((row.sample_id, row.source) for row in self._rows(listed, limit)))
         files = tuple(file.as_input for file in listed)
         return Plan(cutter.shards(), cutter.num_rows, files, text_fields(self.config), notes)
 
-    def _list(self) -> tuple[ListedFile, ...]:
-        paths = [self.config.path] if isinstance(self.config.path, str) else self.config.path
-        listed = list_files(paths, (".tar", ".tar.gz", ".tgz"))
+    def _list(self, left_out: list[LeftOut]) -> tuple[ListedFile, ...]:
+        listed = list_files(self.config.path, (".tar", ".tar.gz", ".tgz"), left_out)
         for file in listed:
             if file.name.lower().endswith((".gz", ".tgz")):
                 raise InputError(f"{file.name} is compressed, so shards cannot seek in it: unpack it to a plain .tar")
@@ -114,12 +125,15 @@ class WebdatasetSource:
     def _rows(self, listed: Sequence[ListedFile], limit: int | None) -> Iterator[InputRow]:
         return (self._words(file.name, sample)[0] for file, sample in islice(self._walk(listed), limit))
 
-    def _check_columns(self, present: Mapping[str, None]) -> tuple[str, ...]:
-        """Notes on the columns; a .txt stands for the prompt unless another column was asked for."""
-        is_default = self.config.prompt_column == InputConfig().prompt_column
-        there = {**present, self.config.prompt_column: None} if is_default and "txt" in present else dict(present)
-        if self.config.image_column == _DEFAULT_IMAGE and any(f".{name}" in IMAGE_SUFFIXES for name in present):
-            there[_DEFAULT_IMAGE] = None
+    def _check_columns(self, fields: Mapping[str, None], census: MemberCensus) -> tuple[str, ...]:
+        """Notes on the columns: a .txt is the prompt unless another column was asked for, pictures are members."""
+        there = {**fields, **census.endings}
+        if self.config.prompt_column == _DEFAULT_PROMPT and "txt" in census.endings:
+            there[_DEFAULT_PROMPT] = None
+        if census.has_pictures:
+            there[self.config.image_column] = None
+        else:
+            there.pop(self.config.image_column, None)
         return find_columns(self.config, there).notes
 
     def read(self, shard: Shard) -> pa.Table:
@@ -136,46 +150,51 @@ class WebdatasetSource:
         """The sample's row without its picture, and the fields of its .json."""
         place = location(file_name, sample.key)
         blank = InputRow(place, place, passthrough=(None,) * len(self.config.passthrough))
+        fields: Mapping[str, Any] = {}
         try:
             _refuse_unsafe(sample, place)
             fields = _fields(sample, place)
             return checked(self._interpret(sample, fields, place)), fields
         except RowError as error:
-            return failed(blank, error), {}
+            return failed(blank, error), fields
 
     def _interpret(self, sample: _TarSample, fields: Mapping[str, Any], place: str) -> InputRow:
         config = self.config
         cell = {name: as_text(value) for name, value in fields.items()}
-        prompt = fields.get(config.prompt_column)
-        if prompt is None and config.prompt_column == InputConfig().prompt_column:
-            text = sample.content("txt")
-            prompt = None if text is None else text.decode("utf-8-sig", "surrogateescape")
-        if not isinstance(prompt, str | None):
-            raise RowError("row_unreadable", f"the field {config.prompt_column} of sample {place} holds no text")
         return InputRow(
             sample_id=cell.get(config.id_column or "") or place,
             source=place,
-            prompt=prompt,
+            prompt=self._prompt(sample, fields, place),
             category=cell.get(config.category_column or ""),
             label=cell.get(config.label_column or ""),
             passthrough=tuple(cell.get(name) for name in config.passthrough),
         )
 
+    def _prompt(self, sample: _TarSample, fields: Mapping[str, Any], place: str) -> str | None:
+        """The .json's field, or the .txt; both only where they say the same."""
+        column = self.config.prompt_column
+        prompt = fields.get(column)
+        if not isinstance(prompt, str | None):
+            raise RowError("row_unreadable", f"the field {column} of sample {place} holds no text")
+        content = sample.content("txt") if column == _DEFAULT_PROMPT else None
+        text = None if content is None else content.decode("utf-8-sig", "surrogateescape")
+        if prompt is None or text is None:
+            return text if prompt is None else prompt
+        if prompt.strip() != text.strip():
+            sentence = f"sample {place} has one prompt in its .txt and another in its .json; keep one of them"
+            raise RowError("row_unreadable", sentence)
+        return prompt
+
     def _with_picture(self, row: InputRow, sample: _TarSample) -> InputRow:
-        extensions = [part.extension for part in sample.parts if self._is_picture(part.extension)]
-        if row.error is not None or not extensions:
+        pictures = pictures_among(sample.endings, self.config.image_column)
+        if row.error is not None or not pictures:
             return row
-        if len(extensions) > 1:
+        if len(pictures) > 1:
             sentence = (
-                f"sample {row.sample_id} has {len(extensions)} pictures; input.image_column names one by its ending"
+                f"sample {row.sample_id} has {len(pictures)} pictures; input.image_column names one by its ending"
             )
             return failed(row, RowError("row_unreadable", sentence))
-        return dataclasses.replace(row, image=sample.content(extensions[0]))
-
-    def _is_picture(self, extension: str) -> bool:
-        if self.config.image_column != _DEFAULT_IMAGE:
-            return extension == self.config.image_column
-        return f".{extension}" in IMAGE_SUFFIXES
+        return dataclasses.replace(row, image=sample.content(pictures[0]))
 
 
 def _refuse_unsafe(sample: _TarSample, place: str) -> None:
@@ -185,8 +204,7 @@ def _refuse_unsafe(sample: _TarSample, place: str) -> None:
         raise RowError("row_unreadable", f"sample {place} has a member that is a link or a device, not a file")
     if any(part.member.issparse() for part in sample.parts):
         raise RowError("row_unreadable", f"sample {place} has a member with holes (GNU sparse); pack it without")
-    extensions = [part.extension for part in sample.parts]
-    if len(set(extensions)) < len(extensions):
+    if len(set(sample.endings)) < len(sample.parts):
         raise RowError("row_unreadable", f"sample {place} has two members of one ending")
     if any(part.extension in ("txt", "json") and part.member.size > LONGEST_LINE for part in sample.parts):
         raise RowError("row_unreadable", f"sample {place} has a text of more than {LONGEST_LINE:,} bytes")
@@ -230,6 +248,8 @@ def _samples(opened: IO[bytes], name: str, strangers: list[str] | None = None) -
             for key, parts in groupby(_parts(tar, bounded, name, strangers), key=lambda part: part.key):
                 yield _TarSample(key, tuple(parts), tar)
     except (tarfile.TarError, ValueError, OverflowError) as error:
+        opened.seek(0)
+        refuse_compressed(opened.read(LONGEST), name)
         raise InputError(f"{name} is no plain, complete tar file: {error}") from error
     except RecursionError:  # tarfile calls itself for each
         raise InputError(f"{name} is no sound tar file: too many headers stand before a member") from None
@@ -245,7 +265,7 @@ def _parts(tar: tarfile.TarFile, opened: _Bounded, name: str, strangers: list[st
         if member.isdir():
             continue
         if match and not posixpath.basename(member.name).startswith("__"):
-            yield _Part(printable(match[1]), match[2].lower(), member)
+            yield _Part(printable(match[1]), printable(match[2]).lower(), member)
         elif strangers is not None:
             strangers.append(printable(member.name))
     _refuse_damaged_end(tar, opened, name)

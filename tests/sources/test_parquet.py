@@ -192,6 +192,19 @@ def test_a_list_keeps_its_order_and_names_no_file_twice(tmp_path, read_all):
         make_source(InputConfig(format="parquet", path=[*paths, str(tmp_path / "a*.parquet")])).plan(2, None)
 
 
+def test_a_column_that_some_files_lack_is_said_to_be_absent_in_those_only(tmp_path):
+    _write(tmp_path / "a.parquet", {"prompt": ["x"], "image": [b"p"]})
+    for name in ("b", "c"):
+        _write(tmp_path / f"{name}.parquet", {"prompt": ["x"]})
+    notes = make_source(_config(tmp_path)).plan(10, None).notes
+    assert "column image is absent in 2 of 3 files: their rows are text-only prompts" in notes
+    assert "column label is absent: rows have no label" in notes
+    assert (
+        "column image is absent: every row is a text-only prompt"
+        in make_source(_config(tmp_path / "b.parquet")).plan(10, None).notes
+    )
+
+
 def test_row_groups_far_larger_than_a_shard_are_noted(tmp_path):
     path = _write(tmp_path / "a.parquet", {"prompt": ["x"] * 1000})
     assert any("row groups of 1,000 rows" in note for note in make_source(_config(path)).plan(10, None).notes)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -220,6 +223,85 @@ def test_absent_columns(tmp_path, read_all):
     for options in ({"prompt_column": "q"}, {"image_column": "q"}, {"label_column": "q"}, {"passthrough": ["q"]}):
         with pytest.raises(InputError, match=r"names the column q, which the data set lacks; its columns: prompt, y"):
             make_source(_config(path, **options)).plan(2, None)
+
+
+def test_a_column_that_some_files_lack_is_said_to_be_absent_in_those_only(tmp_path):
+    for name, columns in (("a", ["prompt", "image"]), ("b", ["prompt"]), ("c", ["prompt", "label"])):
+        _csv(tmp_path / f"{name}.csv", [dict.fromkeys(columns, "x")])
+        _jsonl(tmp_path / f"{name}.jsonl", [dict.fromkeys(columns, "x"), {"prompt": "y"}])
+    for suffix in ("csv", "jsonl"):
+        notes = make_source(_config(str(tmp_path / f"*.{suffix}"), format=suffix)).plan(2, None).notes
+        assert "column image is absent in 2 of 3 files: their rows are text-only prompts" in notes
+        assert "column label is absent in 2 of 3 files: their rows have no label" in notes
+        assert "column category is absent: rows have no category" in notes
+
+
+def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path):
+    zipped = gzip.compress(b'prompt\n{"prompt": "x"}\n')
+    pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "p.parquet")
+    parquet = (tmp_path / "p.parquet").read_bytes()
+    sentences = {
+        "zipped.csv": (zipped, r"zipped\.csv is compressed \(gzip\); decompress it first"),
+        "zipped.jsonl": (zipped, r"zipped\.jsonl is compressed \(gzip\)"),
+        "zipped.parquet": (zipped, r"zipped\.parquet is compressed \(gzip\)"),
+        "other.csv": (parquet, r"other\.csv is a Parquet file; input\.format parquet reads it"),
+        "other.jsonl": (parquet, "is a Parquet file"),
+        "one.jsonl": (b'[{"prompt": "x"}]', r"one\.jsonl is a JSON array, not JSON Lines: one object a line"),
+        "many.jsonl": (b'\n[\n {"prompt": "x"},\n {"prompt": "y"}\n]\n', "is a JSON array, not JSON Lines"),
+        "blanks.csv": (b"sample_id, prompt\na, x\n", r"the data set lacks; its columns: sample_id, ' prompt'$"),
+    }
+    for name, (content, sentence) in sentences.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=sentence):
+            make_source(_config(tmp_path / name)).plan(2, None)
+
+
+def test_a_column_called_as_a_parquet_file_begins_is_a_column(tmp_path, read_all):
+    (tmp_path / "p.csv").write_text("PAR1,prompt\na,x\n")
+    assert [row["prompt"] for row in read_all(_config(tmp_path / "p.csv"))[1]] == ["x"]
+
+
+@pytest.mark.parametrize("setting", ["prompt_column", "image_column", "id_column"])
+def test_an_empty_name_of_a_column_is_refused(setting):
+    with pytest.raises(ConfigError, match=rf"input\.{setting} is empty"):
+        InputConfig("csv", "x.csv", **{setting: ""})
+
+
+def test_pictures_that_exist_and_are_no_files_are_not_said_to_be_missing(tmp_path, read_all):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    sentences = {
+        "folder.png": "is a folder, not a file",
+        "loop.png": "is a link that leads to no file",
+        "pipe.png": "is no regular file, but a pipe, socket or device",
+        "data:image/png;base64,AAAA": "is named by a data: URI, which is no path; give its bytes, or a file",
+        "s3://bucket/x.png": "is named by the URI of another file system, and such references are not followed",
+        "ftp://host/x.png": "is named by the URI of another file system, and such references are not followed",
+        "gone.png": "does not exist",
+    }
+    path = _jsonl(tmp_path / "p.jsonl", [{"prompt": "x", "image": name} for name in sentences])
+    _, rows = read_all(_config(path))
+    said = [row["error"].removeprefix(f"the picture of sample {row['sample_id']} ") for row in rows]
+    assert said == list(sentences.values())
+    assert {row["error_kind"] for row in rows} == {"image_missing"}
+
+
+def test_an_image_root_that_is_absent_stops_the_plan_and_one_that_nothing_refers_to_is_noted(tmp_path, png):
+    named = _csv(tmp_path / "p.csv", [{"prompt": "x", "image": "a.png"}])
+    pq.write_table(pa.table({"prompt": ["x"], "image": ["a.png"]}), tmp_path / "p.parquet")
+    pq.write_table(pa.table({"prompt": ["x"], "image": [png(1)]}), tmp_path / "bytes.parquet")
+    bare = _csv(tmp_path / "bare.csv", [{"prompt": "x"}])
+    idle = "input.image_root has no effect: no row names a picture"
+    for path in (named, tmp_path / "p.parquet"):
+        with pytest.raises(InputError, match=rf"^input\.image_root {tmp_path}/gone does not exist$"):
+            make_source(_config(path, image_root=str(tmp_path / "gone"))).plan(2, None)
+        with pytest.raises(InputError, match=r"p\.csv is no folder$"):
+            make_source(_config(path, image_root=str(named))).plan(2, None)
+        assert idle not in make_source(_config(path, image_root=str(tmp_path))).plan(2, None).notes
+    for path in (bare, tmp_path / "bytes.parquet"):
+        assert idle in make_source(_config(path, image_root=str(tmp_path))).plan(2, None).notes
+        assert idle not in make_source(_config(path)).plan(2, None).notes
 
 
 def test_settings_that_mean_nothing_and_names_that_are_taken_are_refused(tmp_path):

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from guardalign.config import InputConfig
 from guardalign.errors import ConfigError, InputError
 from guardalign.sources import make_source
+from guardalign.sources.endings import IMAGE_SUFFIXES
 
 Members = list[tuple[str, bytes]]
 
@@ -45,7 +47,7 @@ def test_a_sample_is_the_members_of_one_key(tmp_path, png, read_all):
         ("000.txt", "Grüße".encode()),
         ("a/b.c/001.JPG", png(1)),
         ("a/b.c/001.json", json.dumps(record).encode()),
-        ("a/b.c/001.txt", b"from txt"),
+        ("a/b.c/001.txt", b"from json\n"),
         ("002.txt", b"text only"),
         ("003.webp", png(3)),
         ("003.cls", b"4"),
@@ -56,7 +58,7 @@ def test_a_sample_is_the_members_of_one_key(tmp_path, png, read_all):
     assert [row["sample_id"] for row in rows] == ["train.tar#000", "own", *(f"train.tar#00{i}" for i in (2, 3, 4))]
     assert [row["source"] for row in rows][1] == "train.tar#a/b.c/001"
     assert [row["prompt"] for row in rows] == ["Grüße", "from json", "text only", None, "x"]
-    assert [row["image"] for row in rows] == [png(0), png(1), None, png(3), None]
+    assert [row["image"] for row in rows] == [png(0), png(1), None, png(3), png(4)]
     assert (rows[1]["sample_category"], rows[1]["label"], rows[1]["extra"]) == ("c", "1", "[1]")
     assert not any(row["error"] for row in rows)
     assert [file.path for file in plan.files] == ["train.tar"]
@@ -130,6 +132,71 @@ def test_the_picture_is_chosen_by_its_ending_where_there_are_several(tmp_path, r
         make_source(_config(path, image_column="tiff")).plan(2, None)
 
 
+def test_whatever_ends_as_a_picture_is_one_and_pillow_has_no_ending_that_is_missing(tmp_path, png, read_all):
+    assert set(Image.registered_extensions()) <= set(IMAGE_SUFFIXES)
+    assert {".heic", ".heif", ".jxl", ".jp2", ".svg", ".pdf", ".psd"} <= set(IMAGE_SUFFIXES)
+    endings = [*IMAGE_SUFFIXES, ".TIF", ".image", ".left.png"]
+    members = [
+        (f"{i}{end}", content) for i, end in enumerate(endings) for end, content in ((end, png(i)), (".txt", b"x"))
+    ]
+    plan, rows = read_all(_config(_write(tmp_path / "a.tar", members)), 50)
+    assert [row["image"] for row in rows] == [png(i) for i in range(len(endings))]
+    assert not any("left out" in note or "column image" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("endings", [("png", "tif"), ("heic", "svg"), ("left.png", "right.png"), ("jxl", "jxl")])
+def test_two_pictures_are_refused_whatever_their_endings(tmp_path, read_all, endings):
+    members = [("0.txt", b"x"), *((f"0.{ending}", b"p") for ending in endings)]
+    _, [row] = read_all(_config(_write(tmp_path / "a.tar", members)))
+    assert (row["error_kind"], row["image"]) == ("row_unreadable", None)
+
+
+def test_members_of_unknown_endings_are_counted_and_those_of_known_side_files_are_not(tmp_path, read_all):
+    members = [
+        ("0.bin", b"p"), ("0.txt", b"x"), ("1.img", b"p"), ("1.txt", b"x"), ("2.bin", b"p"), ("2.jpg", b"p"),
+        ("3.cls", b"3"), ("3.txt", b"x"), ("4.png", b"p"), ("4.mask.png", b"m"),
+    ]  # fmt: skip
+    plan, rows = read_all(_config(_write(tmp_path / "a.tar", members)))
+    assert [row["image"] for row in rows] == [None, None, b"p", None, b"p"]
+    (note,) = (note for note in plan.notes if "left out" in note)
+    assert note.startswith("4 tar members with unknown endings (.bin, .img, .mask.png) are left out")
+    plan, _ = read_all(_config(_write(tmp_path / "b.tar", [("0.txt", b"x"), ("0.npy", b"x")])))
+    assert any(note.startswith("1 tar member with the unknown ending .npy is left out") for note in plan.notes)
+
+
+def test_a_chosen_ending_leaves_no_picture_of_another_sample_out_without_a_word(tmp_path, read_all):
+    members = [("0.tif", b"t"), ("0.txt", b"x"), ("1.png", b"p"), ("1.txt", b"x"), ("2.tif", b"t"), ("2.png", b"p")]
+    plan, rows = read_all(_config(_write(tmp_path / "a.tar", members), image_column="tif"))
+    assert [row["image"] for row in rows] == [b"t", None, b"t"]
+    (note,) = (note for note in plan.notes if "left out" in note)
+    assert note.startswith("1 tar member with the picture ending .png is left out: without the .tif")
+    both = _write(tmp_path / "both.tar", [*members[4:], ("2.txt", b"x")])
+    assert not any("left out" in note for note in read_all(_config(both, image_column="tif"))[0].notes)
+
+
+def test_a_field_of_the_json_is_no_picture(tmp_path):
+    path = _write(tmp_path / "a.tar", [("0.json", b'{"prompt": "x", "photo": "a.png", "image": "a.png"}')])
+    with pytest.raises(InputError, match="image_column names the column photo"):
+        make_source(_config(path, image_column="photo")).plan(2, None)
+    notes = make_source(_config(path)).plan(2, None).notes
+    assert "column image is absent: every row is a text-only prompt" in notes
+
+
+def test_a_prompt_in_words_and_another_in_the_json_is_an_error_row(tmp_path, read_all):
+    same, other = b'{"prompt": "x"}', b'{"prompt": "y", "caption": "z"}'
+    members = [
+        ("0.json", same), ("0.txt", b"\xef\xbb\xbfx\n"), ("1.json", other), ("1.txt", b"x"), ("2.txt", b"x"),
+        ("2.json", b'{"prompt": ""}'), ("3.json", b'{"prompt": null}'), ("3.txt", b"x"),
+    ]  # fmt: skip
+    path = _write(tmp_path / "a.tar", members)
+    _, rows = read_all(_config(path))
+    assert [row["error_kind"] for row in rows] == [None, "row_unreadable", "row_unreadable", None]
+    assert [row["prompt"] for row in rows] == ["x", None, None, "x"]
+    sentence = "sample a.tar#1 has one prompt in its .txt and another in its .json; keep one of them"
+    assert rows[1]["error"] == sentence
+    assert read_all(_config(path, prompt_column="caption"))[1][1]["prompt"] == "z"
+
+
 def test_member_names_that_are_no_utf8_still_make_ids(tmp_path, read_all):
     path = tmp_path / "a.tar"
     path.write_bytes(_tar([(os.fsdecode(b"k\xff.txt"), b"x")], tarfile.GNU_FORMAT))
@@ -177,6 +244,8 @@ def test_damaged_and_compressed_tars_are_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name.replace(".", r"\.")):
             make_source(_config(tmp_path / name)).plan(2, None)
+    with pytest.raises(InputError, match=r"gz\.tar is compressed \(gzip\); decompress it first"):
+        make_source(_config(tmp_path / "gz.tar")).plan(2, None)
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(InputError, match=r"a\.tar\.gz is compressed"):
         make_source(_config(tmp_path / "a.tar.gz")).plan(2, None)
