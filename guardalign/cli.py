@@ -15,6 +15,7 @@ from typing import Any
 from guardalign.commands import COMMANDS
 from guardalign.commands.console import with_negatives
 from guardalign.errors import RunFailedError, UserError, harmless
+from guardalign.signals import INTERRUPTED, interrupt_on_signals
 from guardalign.version import VERSION
 
 USAGE = """usage: guardalign COMMAND ...
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(words[0])
     if command is None:
         return _complain(f"there is no command {words[0]!r}; one of: {', '.join(COMMANDS)}", 2)
+    interrupt_on_signals()
     try:
         return command(with_negatives(words[1:]))
     except RunFailedError as error:
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

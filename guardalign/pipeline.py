@@ -35,6 +35,7 @@ from guardalign.receipts import Receipt
 from guardalign.results import ShardWriter
 from guardalign.sanitizers import SANITIZERS
 from guardalign.sight import Sight
+from guardalign.signals import held_back
 from guardalign.sources import Shard, Source
 from guardalign.stages import Detect, Generate, GenerateAndJudge, Judge, Sanitize, Thumbnails
 from guardalign.supervision import Pool, receipt_of, staged
@@ -158,7 +159,8 @@ def run_on_ray(
     A judge without a model of its own works in the second pool.
     """
     with cluster_errors():
-        _join_cluster(config)
+        with held_back():
+            _join_cluster(config)
         _keep_shards_whole()
         listed = steps(config, taxonomy) if listed is None else listed
         with watched(), proven(config, source, shards, writer.out, [step.pool for step in listed]) as sight:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from guardalign.commands.console import interrupt_on_sigterm, say, with_values
+from guardalign.commands.console import say, with_values
 from guardalign.errors import ConfigError
 from guardalign.version import VERSION
 
@@ -55,5 +55,4 @@ def audit_command(words: Sequence[str]) -> int:
     from guardalign.models import hide_progress_bars
 
     hide_progress_bars()
-    interrupt_on_sigterm()
     return audit(config, say)

@@ -12,7 +12,6 @@ from typing import Final
 
 from guardalign.commands.console import (
     CommandParser,
-    interrupt_on_sigterm,
     numbers,
     own_flags,
     say,
@@ -46,7 +45,6 @@ def calibrate_command(words: Sequence[str]) -> int:
     if not clustered and not settings.is_stated("engine", given.config, flags):
         config = dataclasses.replace(config, engine="local")
     hide_progress_bars()
-    interrupt_on_sigterm()
     for line in without_effect(flags, ANSWERING if not given.gammas else ("images",), "calibrate without --gammas"):
         say(line)
     layers = [f"--recipe={given.recipe}"] if given.recipe else []

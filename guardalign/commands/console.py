@@ -1,4 +1,4 @@
-"""What the commands share at the console: the words they are given, the lines they say, and how a signal ends them.
+"""What the commands share at the console: the words they are given, and the lines they say.
 
 Knows nothing of any one command, of settings or of runs.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -77,12 +76,3 @@ def numbers(text: str) -> tuple[float, ...]:
 def say(line: str) -> None:
     """Prints one line, harmless whatever it holds."""
     print(harmless(line))
-
-
-def interrupt_on_sigterm() -> None:
-    """From here on SIGTERM ends the process as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

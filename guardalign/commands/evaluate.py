@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardalign.commands.console import CommandParser, interrupt_on_sigterm, listed, own_flags, say, with_values
+from guardalign.commands.console import CommandParser, listed, own_flags, say, with_values
 from guardalign.errors import require
 
 
@@ -27,7 +27,6 @@ def evaluate_command(words: Sequence[str]) -> int:
     with own_flags(parser):
         request = make_request(suites, benchmarks, listed(given.defenses), listed(given.models), given.config, flags)
     hide_progress_bars()
-    interrupt_on_sigterm()
     return evaluate(request, _say_lines)
 
 

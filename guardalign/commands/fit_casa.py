@@ -10,7 +10,6 @@ from typing import Final
 
 from guardalign.commands.console import (
     CommandParser,
-    interrupt_on_sigterm,
     own_flags,
     say,
     with_values,
@@ -43,7 +42,6 @@ def fit_casa_command(words: Sequence[str]) -> int:
     fitting = Fitting(size=given.size, max_epochs=given.max_epochs, seed=given.seed)
     target = FitTarget(given.output, given.unsafe_label, given.question, given.scenes, fitting)
     hide_progress_bars()
-    interrupt_on_sigterm()
     idle = (*IDLE, *(READING if given.scenes is not None else ()))
     for line in without_effect([flag for flag in flags if not flag.startswith("--cluster.threads")], idle, "fit-casa"):
         say(line)

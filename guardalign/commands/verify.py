@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardalign.commands.console import CommandParser, interrupt_on_sigterm, say, with_values
+from guardalign.commands.console import CommandParser, say, with_values
 from guardalign.errors import ConfigError
 
 
@@ -25,7 +25,6 @@ def verify_command(words: Sequence[str]) -> int:
     from guardalign.verify import Asked, verify
 
     hide_progress_bars()
-    interrupt_on_sigterm()
     files, flags = tuple(given.config), with_values(flags)
     asked = Asked(given.out, given.sample, given.seed, files, tuple(flags), given.most_differing, given.judge)
     return verify(asked, say)
