@@ -6,16 +6,11 @@ Every input ends as exactly one row, or the run says that it did not. Knows the 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import secrets
-import shlex
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -38,15 +33,17 @@ from guardalign.micro import NOTICE, is_embedded, resolve_clip, resolve_input, r
 from guardalign.models.clip_weights import clip_fingerprint
 from guardalign.models.provenance import COMMIT, weights_fingerprint
 from guardalign.pipeline import ENGINES, NONE, steps
+from guardalign.placement import refuse_output_among_inputs
 from guardalign.progress import Progress
 from guardalign.receipts import Receipt
-from guardalign.results import RunFolder, ShardWriter, shard_name
+from guardalign.results import RunFolder, ShardWriter, entries, shard_name, sizes_of
 from guardalign.schema import HIDDEN, RESULT_NAMES, SCHEMA_VERSION, result_schema
 from guardalign.sources import Plan, Shard, Source, make_source
 from guardalign.sources.planning import IdLedger
 from guardalign.summary import Totals, summary_lines, totals
 from guardalign.supervision import PROBLEM
 from guardalign.taxonomy import Taxonomy, load_taxonomy
+from guardalign.typed import next_line, typed_line
 from guardalign.version import VERSION
 
 Say = Callable[[str], None]
@@ -98,6 +95,7 @@ def audit(config: AuditConfig, say: Say = print) -> int:
         say(NOTICE)
     for sentence in ignored_settings(config):
         say(f"warning   {sentence}")
+    refuse_output_among_inputs(config.output, config.input.path)
     prepared = prepare(config)
     return _dry_run(prepared, say) if config.dry_run else _audit_into_folder(prepared, say)
 
@@ -125,13 +123,11 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
         done = folder.committed()
         left = [shard for shard in prepared.plan.shards if shard.index not in done]
         if not left and folder.exists("run.json"):
-            say(f"nothing to do: {folder.out} is complete ({prepared.plan.num_rows:,} rows)")
-            before = folder.read_json("run.json", "totals")
-            recorded(before.get("self_check")).require_steady()
-            return _verdict_on_errors(prepared.config, Totals(**before["totals"]))
-        record_start(folder, prepared, attempts, run_id)
+            return _nothing_to_do(folder, prepared, say)
         if done:
             say(f"resuming: {len(done):,} of {len(prepared.plan.shards):,} shards are done")
+        earlier = [folder.receipt(name) for name in done.values()]  # before any work: a damaged one ends the run
+        record_start(folder, prepared, attempts, run_id)
         started = monotonic()
         schema = result_schema(prepared.plan.passthrough_fields)
         writer = ShardWriter(absolute(folder), schema, run_id, attempts)
@@ -140,33 +136,49 @@ def _audit_into_folder(prepared: Prepared, say: Say) -> int:
             say(f"interrupted: {len(folder.committed()):,} of {len(prepared.plan.shards):,} shards are committed")
             say(f"to resume, type the same line again: {typed_line()}")
             return 130
-        whole = _finish(folder, prepared, receipts, run_id, attempts, monotonic() - started)
+        whole = _finish(folder, prepared, earlier, receipts, run_id, attempts, monotonic() - started)
         seconds = monotonic() - started
         where = f"{folder.out}/results/*.parquet ({len(prepared.plan.shards):,} files), {folder.out}/run.json"
         told = ignored_settings(prepared.config)
         manifest = folder.read_json("run.json")
         notes = [note for note in manifest["notes"] if note not in told]
         found = recorded(manifest["self_check"])
-        next_line = _next_command(folder)
-        for line in summary_lines(whole, totals(receipts), seconds, where, next_line, notes, found.warnings):
+        shown = next_line(folder)
+        for line in summary_lines(whole, totals(receipts), seconds, where, shown, notes, found.warnings):
             say(line)
     found.require_steady()
     return _verdict_on_errors(prepared.config, whole)
 
 
+def _nothing_to_do(folder: RunFolder, prepared: Prepared, say: Say) -> int:
+    """Says so once run.json was read whole and every shard has its size; their contents are not read."""
+    before = folder.read_sealed("run.json", "totals", "files")
+    folder.require_sizes(sizes_of(before))
+    say(f"nothing to do: {folder.out} is complete ({prepared.plan.num_rows:,} rows)")
+    recorded(before.get("self_check")).require_steady()
+    return _verdict_on_errors(prepared.config, Totals(**before["totals"]))
+
+
 def open_run(folder: RunFolder, prepared: Prepared) -> tuple[int, str]:
-    """Refuses a folder that holds another run; returns the number of attempts, this one included, and the run's id."""
+    """Refuses a folder that holds another run; returns the number of attempts, this one included, and the run's id.
+
+    An audit that has committed nothing is none: who mends a setting that it failed by may take its folder.
+    """
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     if not folder.exists("plan.json"):
         if folder.committed():
             raise ResumeError(f"{folder.out} holds result files but no plan.json; name another --output")
         return 1, run_id
-    before = folder.read_json("plan.json", "science", "shape", "attempts")
+    before = folder.read_sealed("plan.json", "science", "shape", "attempts")
     kinds = ["an evaluation" if "recipe" in each else "an audit" for each in (before["science"], prepared.science)]
     if kinds[0] != kinds[1]:
         raise ResumeError(f"{folder.out} holds {kinds[0]}, and this is {kinds[1]}; name another --output")
     changes = differences(before["science"] | before["shape"], prepared.science | _shape(prepared))
     files = changed_files(folder.read_table("inputs.parquet").to_pylist(), _listing(prepared.plan).to_pylist())
+    is_empty = kinds[1] == "an audit" and not folder.committed() and not folder.exists("run.json")
+    if (changes or files) and is_empty:
+        folder.remove(JOURNAL)
+        return 1, run_id
     if changes or files:
         named = "; ".join(changes[:5] + files[:5])
         more = max(len(changes) - 5, 0) + max(len(files) - 5, 0)
@@ -203,7 +215,7 @@ def record_start(folder: RunFolder, prepared: Prepared, attempts: int, run_id: s
     if attempts == 1:
         folder.write_table("inputs.parquet", _listing(prepared.plan))
     record = {"science": prepared.science, "shape": _shape(prepared), "attempts": attempts, "run_id": run_id}
-    folder.write_json("plan.json", record | {"num_rows": prepared.plan.num_rows})
+    folder.write_sealed("plan.json", record | {"num_rows": prepared.plan.num_rows})
 
 
 def _work(prepared: Prepared, left: Sequence[Shard], writer: ShardWriter) -> tuple[list[Receipt], bool]:
@@ -225,12 +237,18 @@ def _work(prepared: Prepared, left: Sequence[Shard], writer: ShardWriter) -> tup
 
 
 def _finish(
-    folder: RunFolder, prepared: Prepared, receipts: Sequence[Receipt], run_id: str, attempts: int, seconds: float
+    folder: RunFolder,
+    prepared: Prepared,
+    earlier: Sequence[Receipt],
+    receipts: Sequence[Receipt],
+    run_id: str,
+    attempts: int,
+    seconds: float,
 ) -> Totals:
     """Reconciles inputs with rows, then writes the manifest."""
     folder.clear_temporary()
     folder.remove(JOURNAL)
-    mine = {receipt.shard: receipt for receipt in receipts}
+    mine = {receipt.shard: receipt for receipt in (*earlier, *receipts)}
     files = folder.committed()
     every = [mine[index] if index in mine else folder.receipt(name) for index, name in sorted(files.items())]
     reconcile(prepared.plan, every)
@@ -303,9 +321,7 @@ def _manifest(
         "this_run": {"totals": asdict(this_run), "seconds": seconds},
         "notes": notes,
         "self_check": asdict(found) if prepared.config.self_check else None,
-        "files": [
-            {"name": f"results/shard-{r.shard:06d}.parquet", "rows": r.num_rows, "sha256": r.sha256} for r in receipts
-        ],
+        "files": entries(receipts),
     }
 
 
@@ -330,31 +346,3 @@ def _verdict_on_errors(config: AuditConfig, whole: Totals) -> int:
 
 def absolute(folder: RunFolder) -> str:
     return folder.root if folder.is_local else folder.out
-
-
-def _next_command(folder: RunFolder) -> str:
-    """A line that shows the first flagged row, or else the first row."""
-    first = None
-    for table in folder.tables(["sample_id", "flagged"]):
-        flagged = [row["sample_id"] for row in table.to_pylist() if row["flagged"]]
-        first = first or table["sample_id"][0].as_py()
-        if flagged:
-            first = flagged[0]
-            break
-    guard = ["--"] if str(first).startswith("-") else []
-    return shlex.join([program(), "show", folder.out, *guard, str(first)])
-
-
-def typed_line() -> str:
-    """The command line of this process, as somebody in this folder would type it again."""
-    script = Path(sys.argv[0])
-    begin = ["python", os.path.relpath(script)] if script.suffix == ".py" else [program()]
-    return shlex.join([*begin, *sys.argv[1:]])
-
-
-def program() -> str:
-    """The console command: its name where the shell finds it, else its place beside this Python."""
-    beside = Path(sys.executable).with_name("guardalign")
-    found = shutil.which("guardalign")
-    is_same = found is not None and Path(found).parent.resolve() == beside.parent.resolve()
-    return "guardalign" if is_same or not beside.exists() else os.path.relpath(beside)

@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from guardalign.audit import program
 from guardalign.canaries.drift import drift
 from guardalign.config import AuditConfig, CalibrationRecord, Choice, ImageKeeping, to_plain
 from guardalign.defenses import DEFENSES
@@ -53,6 +52,7 @@ from guardalign.thresholds import (
     summary,
     sweep_lines,
 )
+from guardalign.typed import program
 from guardalign.version import VERSION
 
 Say = Callable[[str], None]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import pyarrow as pa
 
 from guardalign.schema import Trace
+from guardalign.seals import sha256
 
 RECEIPT_KEY: Final = "guardalign.receipt"
 """Its place in the footer's metadata."""
@@ -68,6 +69,8 @@ class Receipt:
     """what they said of the canaries, as loaded and after the shard; empty without self_check"""
     run_id: str = ""
     """the run that committed it"""
+    num_bytes: int = 0
+    """of the file; 0 in the file itself"""
     sha256: str = ""
     """of the file; empty in the file itself"""
 
@@ -75,6 +78,10 @@ class Receipt:
     def num_errors(self) -> int:
         """Rows that ended in an error."""
         return sum(self.errors.values())
+
+    def of(self, file: bytes) -> Receipt:
+        """The receipt as it flows back: with the file's size and checksum."""
+        return replace(self, num_bytes=len(file), sha256=sha256(file))
 
 
 def shard_receipt(result: pa.Table, shard: int, run_id: str, trace: Trace) -> Receipt:

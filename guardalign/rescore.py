@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from guardalign.core.patches import patch_boxes
 from guardalign.errors import ConfigError, InputError, ResumeError
-from guardalign.results import RunFolder
+from guardalign.results import RunFolder, sizes_of
 from guardalign.sanitizers import masked_fraction
+from guardalign.scales import SCALES, off_scale
 from guardalign.schema import grid_of_row
 from guardalign.summary import rate
 
@@ -109,7 +110,13 @@ def rescore(out: str, threshold: float) -> list[str]:
             file.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
             changes = changes.with_rows(rows)
     folder.write(name, content.getvalue())
-    return _lines(changes, folder.out, name, threshold)
+    return [*_warning(manifest["config"]["detector"], threshold), *_lines(changes, folder.out, name, threshold)]
+
+
+def _warning(detector: Mapping[str, Any], threshold: float) -> list[str]:
+    score = detector.get("score")
+    said = off_scale(score, threshold) if score in SCALES else None
+    return [] if said is None else [f"warning    --threshold {said}"]
 
 
 def _exactly(threshold: float) -> str:
@@ -129,6 +136,7 @@ def open_finished(folder: RunFolder, columns: Sequence[str] = ()) -> dict[str, A
         raise InputError(f"{folder.out} {state}")
     manifest = _manifest(folder)
     _refuse_other_files(folder, {file["name"]: file["rows"] for file in manifest["files"]}, columns)
+    folder.require_sizes(sizes_of(manifest))
     return manifest
 
 
@@ -141,10 +149,7 @@ def is_evaluation(folder: RunFolder) -> bool:
 
 
 def _manifest(folder: RunFolder) -> dict[str, Any]:
-    try:
-        manifest = folder.read_json("run.json")
-    except ResumeError:
-        raise InputError(f"{folder.out}/run.json is damaged: mend it from a copy, or audit again") from None
+    manifest = folder.read_json("run.json")
     lacking = [name for name in MANIFEST if not _has(manifest, *name.split("."))]
     if not lacking and not _are_files(manifest["files"]):
         lacking = ["the name and the rows of every file"]
@@ -177,7 +182,7 @@ def _refuse_other_files(folder: RunFolder, named: Mapping[str, int], columns: Se
             with folder.files.open(folder.path(name), "rb") as stream:
                 footer = pq.ParquetFile(stream)
                 rows, present = footer.metadata.num_rows, footer.schema_arrow.names
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowException, OSError, ValueError):
             raise InputError(f"{where} is damaged: remove it and run the audit again") from None
         if rows != named[name]:
             raise InputError(f"{where} has changed: it holds {rows:,} rows, and run.json says {named[name]}")

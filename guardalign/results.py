@@ -1,9 +1,9 @@
 """Where a run's files stand, how a shard is committed, and how a run is read back.
 
-    OUT/plan.json                  the science and the input's shape, written before any work
+    OUT/plan.json                  the science and the input's shape, written before any work; sealed
     OUT/inputs.parquet             every input file with size and etag
-    OUT/results/shard-000017.parquet   one file a shard, complete or absent
-    OUT/run.json                   the manifest, written last: its presence means "complete"
+    OUT/results/shard-000017.parquet   one file a shard, complete or absent; sealed
+    OUT/run.json                   the manifest, written last: its presence means "complete"; sealed
 
 A commit writes the whole file under a temporary name, flushes it to the disk and renames it; on an object store it is
 one PUT. So a shard is done exactly when its file is there, and doing it twice changes nothing. Knows nothing of stages,
@@ -12,15 +12,14 @@ models, sources, Ray or what a receipt counts.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ from guardalign.errors import ConfigError, ResumeError, UserError
 from guardalign.faults import reach
 from guardalign.receipts import RECEIPT_KEY, Receipt, shard_receipt
 from guardalign.schema import PLANNED, TIMED_STAGES, Trace, to_result, trace_of, with_columns
+from guardalign.seals import as_json, is_whole_json, is_whole_parquet, sealed_json, sealed_parquet, sha256
 
-CHECKSUM = "checksum"
-"""Key of a JSON file's own checksum."""
 _SHARD_FILE = re.compile(r"shard-(\d{6}|[1-9]\d{6,})\.parquet")
 
 
@@ -75,25 +73,31 @@ class RunFolder:
         return found
 
     def _damaged(self, name: str) -> ResumeError:
+        if name == "run.json":
+            mend = "remove it and type the audit again: it is written anew from the shards"
+            return ResumeError(f"{self.out}/{name} is damaged; {mend}")
         is_shard = name.startswith("results/")
         mend = "remove it and run its audit again" if is_shard else "mend it from a copy, or name another --output"
         return ResumeError(f"{self.out}/{name} is missing or damaged; {mend}")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file whole, or not at all."""
-        self.write(name, _json_bytes(content))
+        self.write(name, as_json(content))
 
     def write_sealed(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file that holds its own checksum, so that `is_intact` tells every changed byte of it."""
-        self.write_json(name, _sealed(content))
+        self.write(name, sealed_json(content))
 
     def is_intact(self, name: str) -> bool:
         """Whether a JSON file is, byte for byte, what `write_sealed` wrote."""
-        try:
-            due = _json_bytes(_sealed(self.read_json(name)))
-        except UnicodeEncodeError:  # half a character: nothing that was ever written
-            return False
-        return bool(self.files.cat_file(self.path(name)) == due)
+        return is_whole_json(self.files.cat_file(self.path(name)), self.read_json(name))
+
+    def read_sealed(self, name: str, *keys: str) -> dict[str, Any]:
+        """A JSON file of the run, which `write_sealed` wrote and which has these keys; damaged with any other byte."""
+        found = self.read_json(name, *keys)
+        if not self.is_intact(name):
+            raise self._damaged(name)
+        return found
 
     def checksums(self, *names: str) -> list[dict[str, str]]:
         """The SHA-256 of these files of the run, as far as they are there."""
@@ -101,20 +105,24 @@ class RunFolder:
         return [{"name": name, "sha256": sha256(self.files.cat_file(self.path(name)))} for name in there]
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A Parquet file of the run."""
+        """A Parquet file of the run, held to its seal; or these columns of it, held to their pages' checksums."""
         try:
             with self.files.open(self.path(name), "rb") as stream:
-                return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
-        except (pa.ArrowInvalid, OSError):
+                if columns is None and not is_whole_parquet(stream.read()):
+                    raise pa.ArrowInvalid("no seal, or another one")
+                found = pq.ParquetFile(stream, page_checksum_verification=True)
+                table = found.read(columns=None if columns is None else list(columns))
+        except (pa.ArrowException, OSError, ValueError):
             raise self._damaged(name) from None
+        if not set(columns or ()) <= set(table.column_names):
+            raise self._damaged(name)
+        return table
 
     def write_table(self, name: str, table: pa.Table) -> str:
-        """Writes a Parquet file (zstd) whole, or not at all; returns its SHA-256."""
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=max(table.num_rows, 1))
-        content = buffer.getvalue()
+        """Writes a Parquet file (zstd), sealed, whole, or not at all; returns its SHA-256."""
+        content = sealed_parquet(table)
         self.write(name, content)
-        return hashlib.sha256(content).hexdigest()
+        return sha256(content)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file whole, or not at all; a `UserError` where the folder does not take it."""
@@ -160,43 +168,42 @@ class RunFolder:
 
     def committed(self) -> dict[int, str]:
         """The shards that are done: index -> file name within the run."""
+        matches = ((name, _SHARD_FILE.fullmatch(name.removeprefix("results/"))) for name in self.sizes())
+        return {int(match[1]): name for name, match in matches if match}
+
+    def sizes(self) -> dict[str, int]:
+        """The files of results, in the order of their names: name within the run -> bytes."""
         folder = self.path("results")
         if not self.files.exists(folder):
             return {}
-        names = (Path(str(path)).name for path in self.files.ls(folder, detail=False))
-        return {int(match[1]): f"results/{name}" for name in sorted(names) if (match := _SHARD_FILE.fullmatch(name))}
+        listed = {Path(str(each["name"])).name: each["size"] for each in self.files.ls(folder, detail=True)}
+        return {f"results/{name}": int(listed[name] or 0) for name in sorted(listed)}
+
+    def require_sizes(self, due: Mapping[str, int]) -> None:
+        """A `ResumeError` that names the first of these files whose size is another; no file is read for it."""
+        there = self.sizes()
+        for name, size in due.items():
+            if there.get(name) != size:
+                raise self._damaged(name)
 
     def receipt(self, name: str) -> Receipt:
-        """The receipt in a shard file's footer, with the checksum of the file as it is now."""
+        """The receipt in a shard file's footer, with size and checksum; the file is read whole, and is, by its seal."""
         try:
             content = self.files.cat_file(self.path(name))
             metadata = pq.ParquetFile(io.BytesIO(content)).schema_arrow.metadata or {}
             found = Receipt(**json.loads(metadata[RECEIPT_KEY.encode()]))
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
             raise self._damaged(name) from None
+        if not is_whole_parquet(content):
+            raise self._damaged(name)
         if name != shard_name(found.shard):
             raise ResumeError(f"{self.out}/{name} holds shard {found.shard}; remove it and run its audit again")
-        return replace(found, sha256=hashlib.sha256(content).hexdigest())
+        return found.of(content)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The result rows, shard by shard, in the shards' order."""
         for _, name in sorted(self.committed().items()):
             yield self.read_table(name, columns)
-
-
-def sha256(content: bytes) -> str:
-    """In hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, ensure_ascii=False).encode()
-
-
-def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with the SHA-256 of all the rest of it as its last entry."""
-    rest = {key: value for key, value in content.items() if key != CHECKSUM}
-    return rest | {CHECKSUM: sha256(_json_bytes(rest))}
 
 
 def _flush_folder(folder: Path) -> None:
@@ -205,6 +212,19 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def entries(receipts: Iterable[Receipt]) -> list[dict[str, Any]]:
+    """The entries of run.json's `files`."""
+    return [
+        {"name": shard_name(each.shard), "rows": each.num_rows, "num_bytes": each.num_bytes, "sha256": each.sha256}
+        for each in receipts
+    ]
+
+
+def sizes_of(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """What run.json says of the files' sizes [bytes], by name; earlier versions said nothing."""
+    return {each["name"]: each["num_bytes"] for each in manifest["files"] if "num_bytes" in each}
 
 
 @dataclass(frozen=True)
@@ -231,8 +251,9 @@ class ShardWriter:
         metadata = dict(result.schema.metadata) | {RECEIPT_KEY: json.dumps(asdict(receipt))}
         name = shard_name(shard)
         self._refuse_if_superseded()
-        sha256 = RunFolder(self.out).write_table(name, result.replace_schema_metadata(metadata))
-        return replace(receipt, sha256=sha256)
+        content = sealed_parquet(result.replace_schema_metadata(metadata))
+        RunFolder(self.out).write(name, content)
+        return receipt.of(content)
 
     def receipt(self, table: pa.Table) -> Receipt | None:
         """Of the table's shard, where its file is there: whoever wrote it died before it could tell."""

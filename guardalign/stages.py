@@ -28,6 +28,7 @@ from guardalign.judges import Exchange, ReadyJudge
 from guardalign.models.asking import Asking
 from guardalign.models.clip import PatchEncoder
 from guardalign.models.lvlm import Lvlm
+from guardalign.models.streams import require_room
 from guardalign.sanitizers import Sanitizer, masked_fraction
 from guardalign.schema import (
     IMAGE,
@@ -195,6 +196,7 @@ class Generate:
         self.lvlm = Lvlm.load(lvlm)
         self.defense, self.defense_name, self.generation = defense, defense_name, generation
         self.batch_size, self.max_image_pixels = lvlm.batch_size, max_image_pixels
+        require_room(self.lvlm.max_tokens, generation, lvlm.model)
         self._seen = Counted(self.lvlm, "lvlm")
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -161,6 +161,16 @@ def test_a_resume_that_would_mix_results_is_refused(
     assert words in capsys.readouterr().err
 
 
+def test_a_run_that_failed_before_its_first_shard_takes_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--limit", 4, "--output", tmp_path, "--generation.max_new_tokens", 10**6) == 2
+    assert "leaves no room for a prompt" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").exists()
+    assert run("--limit", 4, "--output", tmp_path) == 0
+    assert table(tmp_path)["attempts"].to_pylist() == [1] * 4
+
+
 def test_one_more_input_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "in"
     source.mkdir()
@@ -310,3 +320,14 @@ def test_a_combination_that_cannot_work_says_why(tmp_path: Path, capsys: pytest.
     assert run(*words) == 2
     assert "takes the detector's flag here, and there is none; set detector.name" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+def test_answers_longer_than_the_model_reads_are_refused_before_the_first_shard(
+    dry: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--recipe", "none", "--generation.max_new_tokens", 4096, "--output", tmp_path / "o", *dry)
+    assert run(*words) == 2
+    (*_, line) = capsys.readouterr().err.strip().splitlines()
+    assert "generation.max_new_tokens 4,096 leaves no room for a prompt" in line and "takes 4,096 tokens" in line
+    assert committed(tmp_path / "o") == 0

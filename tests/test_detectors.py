@@ -14,9 +14,9 @@ from guardalign.core.joint_transport import SHARE_SCORES
 from guardalign.core.patches import patch_boxes
 from guardalign.core.transport import entropy, transport
 from guardalign.detectors import DETECTORS, ClipDetector, Concepts, OtDetector
-from guardalign.detectors.scales import THRESHOLDS
 from guardalign.errors import ConfigError, ModelError
 from guardalign.models.clip import PatchEncoder
+from guardalign.scales import THRESHOLDS
 from guardalign.taxonomy import Category, Taxonomy
 from guardalign.types import Detection
 from tests.small_clip import Look, picture, small_encoder

@@ -23,8 +23,9 @@ from guardalign.config import AuditConfig, ClipConfig, ClusterConfig, LvlmConfig
 from guardalign.errors import RunFailedError
 from guardalign.micro import FOLDER
 from guardalign.receipts import RECEIPT_KEY, shard_receipt
-from guardalign.results import RunFolder, sha256, shard_name
+from guardalign.results import RunFolder, shard_name
 from guardalign.schema import RESULT_NAMES, VOLATILE, Trace, with_columns
+from guardalign.seals import sha256
 from guardalign.verify import Asked, verify
 from guardalign.verify.agreement import GROUPS, Agreement, distance
 from guardalign.verify.devices import bounds, recorded

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from guardalign.core.images import Decoded
 from guardalign.detectors.concepts import Concepts, require_anchors
-from guardalign.detectors.scales import THRESHOLDS, require_threshold, resolve_threshold
 from guardalign.models.clip import PatchEncoder, View
+from guardalign.scales import THRESHOLDS, require_threshold, resolve_threshold
 from guardalign.taxonomy import Taxonomy
 from guardalign.types import Detection
 

@@ -28,9 +28,9 @@ from guardalign.core.transport import (
     transport_cost,
 )
 from guardalign.detectors.concepts import Concepts, require_anchors
-from guardalign.detectors.scales import THRESHOLDS, require_threshold, resolve_threshold
 from guardalign.errors import require
 from guardalign.models.clip import Embedded, PatchEncoder, PatchKind, View
+from guardalign.scales import THRESHOLDS, require_threshold, resolve_threshold
 from guardalign.taxonomy import Taxonomy
 from guardalign.types import Detection
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, Final
 
-from guardalign.audit import Say, absolute, open_run, reconcile, record_start, typed_line, versions
+from guardalign.audit import Say, absolute, open_run, reconcile, record_start, versions
 from guardalign.canaries.drift import UNCHECKED, drift, recorded
 from guardalign.config import AuditConfig, to_plain
 from guardalign.errors import RunFailedError
@@ -31,13 +31,15 @@ from guardalign.journal import FOLDER as JOURNAL
 from guardalign.lock import Lock
 from guardalign.micro import NOTICE, resolve_clip, resolve_lvlm
 from guardalign.pipeline import ENGINES, Step
+from guardalign.placement import refuse_output_among_inputs
 from guardalign.progress import Progress
 from guardalign.receipts import Receipt
-from guardalign.results import RunFolder, ShardWriter, shard_name
+from guardalign.results import RunFolder, ShardWriter, entries, shard_name
 from guardalign.schema import SCHEMA_VERSION, result_schema
 from guardalign.sources import Shard
 from guardalign.summary import totals
 from guardalign.taxonomy import load_taxonomy
+from guardalign.typed import typed_line
 
 DETECTIONS: Final = "detections"
 COUNTERS: Final = ("clip_loads", "clip_forward_calls", "lvlm_loads", "lvlm_forward_calls")
@@ -56,6 +58,8 @@ def evaluate(request: Request, say: Say = print) -> int:
     """Runs the evaluation; returns the exit code: 0, or 130 after an interruption. Failures are `UserError`s."""
     if _is_embedded(request):
         say(NOTICE)
+    for asked in request.benchmarks.values():
+        refuse_output_among_inputs(request.shared.output, asked.input.path)
     comparison = prepare(request)
     folder = RunFolder(request.shared.output)
     with Lock(folder):
@@ -74,7 +78,7 @@ def evaluate(request: Request, say: Say = print) -> int:
                 say(f"to resume, type the same line again: {typed_line()}")
                 return 130
         else:
-            before = folder.read_json("run.json", "attempts", "run_id")
+            before = folder.read_sealed("run.json", "attempts", "run_id")
             attempts, run_id = before["attempts"], before["run_id"]
             say(f"nothing to do: {folder.out} is complete")
         found = _finish(comparison, folder, work, attempts, run_id, monotonic() - started)
@@ -237,10 +241,7 @@ def _manifest(
         },
         "notes": notes,
         "self_check": asdict(drift(_by_file(detected, answered))) if request.shared.self_check else None,
-        "files": [
-            {"name": f"results/shard-{each.shard:06d}.parquet", "rows": each.num_rows, "sha256": each.sha256}
-            for each in answered
-        ],
+        "files": entries(answered),
     }
 
 

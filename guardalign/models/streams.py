@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from guardalign.config import GenerationConfig
 from guardalign.core.memory import ran_out
-from guardalign.errors import RowError
+from guardalign.errors import RowError, require
 from guardalign.models.asking import Answer, Ask, Asking, Phase, Saved, Stop
 from guardalign.models.attention import CalibratedBatch
 from guardalign.models.cached_rows import CachedRows
@@ -154,6 +155,16 @@ def too_long(stream: Stream, most: int | None) -> RowError | None:
         "prompt_too_long",
         f"prompt of sample {prompt.sample_id} has {prompt.num_tokens:,} tokens; the model takes {room:,} "
         f"({most:,} less {new:,} for the answer)",
+    )
+
+
+def require_room(most: int | None, generation: GenerationConfig, model: str) -> None:
+    """Raise ConfigError where no prompt, however short, can have so long an answer."""
+    new = generation.max_new_tokens
+    require(
+        most is None or new < most,
+        f"generation.max_new_tokens {new:,} leaves no room for a prompt: lvlm.model {model} takes {most or 0:,} "
+        "tokens, prompt and answer together",
     )
 
 

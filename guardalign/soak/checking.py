@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from guardalign.journal import FOLDER as JOURNAL
-from guardalign.results import CHECKSUM, sha256
 from guardalign.schema import VOLATILE
+from guardalign.seals import CHECKSUM, sha256
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from guardalign.audit import refuse_double_rows
 from guardalign.errors import ResumeError, RunFailedError
 from guardalign.evaluation.running import DETECTIONS
 from guardalign.receipts import RECEIPT_KEY, Receipt, shard_receipt
-from guardalign.results import RunFolder, sha256, shard_name
+from guardalign.results import RunFolder, shard_name
 from guardalign.schema import SCHEMA_VERSION, Trace
+from guardalign.seals import is_whole_parquet, sha256
 from guardalign.summary import totals
 from guardalign.verify.rows import row_problems, schema_problem
 
@@ -159,6 +160,8 @@ def _one(folder: RunFolder, file: Mapping[str, Any], first: pa.Schema | None, ru
     problem = _changed(file, content)
     if content is None or problem is not None:
         return Examined((str(problem),))
+    if not is_whole_parquet(content):
+        return Examined((f"{name} is damaged: its bytes are not those of its seal",))
     try:
         table = pq.ParquetFile(BytesIO(content)).read()
         written = Receipt(**json.loads((table.schema.metadata or {})[RECEIPT_KEY.encode()]))

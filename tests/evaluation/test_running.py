@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,21 @@ def test_a_run_that_was_interrupted_goes_on_where_it_stopped(
     assert 0 < rest["lvlm_forward_calls"] <= whole["lvlm_forward_calls"]
     assert rest["clip_forward_calls"] < whole["clip_forward_calls"]
     assert rest["clip_loads"] == (commits < 3)
+
+
+@pytest.mark.parametrize("folder", ["", "detections/"])
+def test_a_damaged_shard_is_named_when_the_evaluation_is_run_again(
+    folder: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "run.json").unlink()
+    shard = out / f"{folder}results/shard-000001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    assert evaluate(out) == 2
+    assert f"{folder}results/shard-000001.parquet is missing or damaged" in capsys.readouterr().err
+    assert not (out / "run.json").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A score's scale, and the threshold on it that holds unless another is given.
 
-Knows nothing of pictures, models or how a score comes about.
+Knows nothing of pictures, models or how a score comes about, and imports none of what does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from guardalign.errors import ConfigError, require
 
-log = logging.getLogger(__package__)  # users meet the name in front of the warning: the detectors', not this file's
+log = logging.getLogger("guardalign.detectors")  # users meet the name in front of the warning
 
 SCALES: dict[str, tuple[float, float]] = {
     "margin": (-2.0, 2.0),
@@ -59,12 +59,15 @@ def require_threshold(score: str, threshold: float | None) -> None:
     if threshold is None:
         sentence = f"detector.score={score} has no threshold of its own: give detector.threshold"
         raise ConfigError(f"{sentence}; guardalign calibrate finds one")
+    said = off_scale(score, threshold)
+    if said is not None:
+        log.warning("detector.threshold %s", said)
+
+
+def off_scale(score: str, threshold: float) -> str | None:
+    """What a threshold does that cannot tell pictures apart under this score; None where it can."""
     low, high = SCALES[score]
-    if not low < threshold <= high:
-        many = "no" if threshold <= low else "every"
-        log.warning(
-            "detector.threshold %g flags %s picture: it is not on the scale of detector.score=%s",
-            threshold,
-            many,
-            score,
-        )
+    if low < threshold <= high:
+        return None
+    many = "no" if threshold <= low else "every"
+    return f"{threshold:g} flags {many} picture: it is not on the scale of detector.score={score}"
