@@ -170,7 +170,8 @@ def _recipe_name(word: str) -> str:
 
 def _refuse_impossible(name: str, config: AuditConfig) -> None:
     """A combination that leaves a part of the recipe without effect."""
-    alone = replace(config, generation=GenerationConfig(), cluster=ClusterConfig())
+    model = replace(config.lvlm, revision=None)
+    alone = replace(config, generation=GenerationConfig(), cluster=ClusterConfig(), lvlm=model)
     for sentence in ignored_settings(alone):
         raise ConfigError(f"recipe {name}: {sentence}")
     if config.detector.name != "none":
@@ -203,6 +204,7 @@ def _asked(words: str, shared: AuditConfig, has_judge: bool) -> tuple[str, Asked
 
 def _models(named: Sequence[str], shared: LvlmConfig) -> dict[str, LvlmConfig]:
     require(len(named) == 1 or shared.revision is None, "lvlm.revision cannot hold for several models")
+    require(EMBEDDED not in named or shared.revision is None, "lvlm.revision has no effect on the embedded model")
     return _unique(((_model_name(word), replace(shared, model=word)) for word in named), "model")
 
 

@@ -77,6 +77,7 @@ def test_the_micro_judge_tells_the_harmful_sentence_from_a_refusal() -> None:
         ({"recipes": "nonne"}, (), "there is no recipe 'nonne'"),
         ({"models": "a/b,a/b"}, (), "two of the models are called a/b"),
         ({"models": "a/b,c/d"}, ("--lvlm.revision", "main"), "several models"),
+        ({}, ("--lvlm.revision", "main"), "no effect on the embedded model"),
         ({}, ("--detector.name", "ot"), "detector belongs to the recipes"),
         ({}, ("--defense.gamma=2",), "defense belongs to the recipes"),
         ({}, ("--input.path", "x"), "input.path is no setting here"),
@@ -116,3 +117,7 @@ def test_config_files_may_not_make_a_recipes_settings(tmp_path: Path) -> None:
     file.write_text("sanitizer: {name: blur}")
     with pytest.raises(ConfigError, match="sanitizer belongs to the recipes"):
         asked(files=(str(file),))
+
+
+def test_a_models_revision_is_taken() -> None:
+    assert asked("micro", "none", "a/b", (), "--lvlm.revision", "main").models["a/b"].revision == "main"
