@@ -389,6 +389,10 @@ FAMILIES_BY_TURNS: list[Any] = [
     family if family in DISTINCT else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
 ]
 """All families; those that differ little from others in what is tested are left to the slow suite."""
+FAMILIES_SELDOM: list[Any] = [
+    family if family in ("llava", "mllama") else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
+]
+"""All families, for tests of seconds each: two by default."""
 
 
 @functools.cache

@@ -108,6 +108,7 @@ def test_ray_gives_the_rows_of_the_loop(undisturbed: Path, tmp_path: Path, ray_c
     assert rows(out) == rows(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_in_a_worker_is_one_line(
     tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +214,7 @@ def test_the_summary_counts_the_defenses_own_verdicts(tmp_path: Path, capsys: py
     assert decided and f"defense   flagged {sum(decided)} of {len(decided)} " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_local_engine_needs_no_ray(tmp_path: Path) -> None:
     begin = "import os, sys; sys.modules['ray'] = None; from guardalign.cli import main; "
     code = begin + "code = main(sys.argv[1:]); sys.stdout.flush(); os._exit(code)"  # not a test of interpreter teardown

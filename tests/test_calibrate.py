@@ -114,6 +114,7 @@ def test_ray_gives_the_threshold_of_the_loop(
     assert path.read_bytes() == swept.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_sweep_is_the_whole_audit_under_the_found_threshold_and_each_gamma(
     swept: Path, begun: list[tuple[float, float, bool]]
 ) -> None:

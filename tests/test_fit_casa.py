@@ -69,6 +69,7 @@ def test_the_figures_stand_beside_the_weights(fitted: Path) -> None:
     assert set(card["held_out"]) == {"token_only", "replace", "scale"}
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_weights(fitted: Path, tmp_path: Path) -> None:
     assert main(["fit-casa", "--output", str(tmp_path / "again")]) == 0
     first, again = ((folder / "head.safetensors").read_bytes() for folder in (fitted, tmp_path / "again"))

@@ -84,11 +84,11 @@ def killed_at(point: str, visit: int, out: Path, faults: Path, *, is_careless: b
 @pytest.mark.parametrize(
     ("point", "visit"),
     [
-        ("read.shard", 3),
-        ("commit.begin", 2),
+        pytest.param("read.shard", 3, marks=pytest.mark.slow),
+        pytest.param("commit.begin", 2, marks=pytest.mark.slow),
         ("write.half", 1),  # the first file of all
         ("write.half", 8),  # a shard
-        ("write.whole", 8),
+        pytest.param("write.whole", 8, marks=pytest.mark.slow),
         ("write.renamed", 8),
         ("manifest.begin", 1),
     ],

@@ -153,7 +153,10 @@ def test_without_harm_isolation_changes_nothing(worker: Any, tmp_path: Path) -> 
         ("exit", "killed the worker 2 times (it ended with exit code 17)", "killed_worker", 2),
         ("killed", "killed the worker 3 times (killed, SIGKILL)", "killed_worker", 3),
         ("hang", "held the worker 2 times (longer than cluster.shard_seconds (2 s))", "timed_out", 2),
-        ("spin", "held the worker 2 times (longer than cluster.shard_seconds (2 s))", "timed_out", 2),
+        pytest.param(
+            *("spin", "held the worker 2 times (longer than cluster.shard_seconds (2 s))", "timed_out", 2),
+            marks=pytest.mark.slow,
+        ),
         ("memory", "took memory 2 times (more than cluster.worker_gib (1 GiB))", "out_of_memory", 2),
     ],
 )
@@ -260,6 +263,7 @@ def test_the_machines_memory_is_known() -> None:
     del kept
 
 
+@pytest.mark.slow
 def test_a_row_that_fills_the_machine_is_found_before_the_kernel_or_ray_does(
     worker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from guardalign.models.openings import opening_ids
 from guardalign.models.prompts import Prompt
 from guardalign.models.safety_head import lvlm_fingerprint, save_head
 from guardalign.types import Case, Reply, Sample
-from tests.small_lvlms import FAMILIES_BY_TURNS, picture, small_lvlm
+from tests.small_lvlms import FAMILIES_BY_TURNS, FAMILIES_SELDOM, picture, small_lvlm
 
 GREEDY = GenerationConfig(max_new_tokens=6)
 REFUSING = {"label_before_safe": False, "refusal": "I'm sorry"}
@@ -64,7 +64,7 @@ def scenes() -> list[tuple[Case, str]]:
 
 
 @pytest.mark.parametrize("labels", [("unsafe", "safe"), ("harmful and unsafe", "safe")], ids=["short", "long"])
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_token_only_is_masking_by_hand(family: str, labels: tuple[str, str]) -> None:
     """softmax over the labels' sequence log-probabilities, each from one plain forward over prompt and label."""
     lvlm = small_lvlm(family)
@@ -98,7 +98,7 @@ def test_a_label_read_off_the_logits_is_the_label_forced(family: str) -> None:
 
 
 @pytest.mark.parametrize("label_before_safe", [True, False])
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_the_reply_is_the_text_after_the_label_alone_and_with_neighbours(family: str, label_before_safe: bool) -> None:
     """By hand: the label of the higher probability forced, and its tokens cut off; the batch does not matter."""
     lvlm = small_lvlm(family)

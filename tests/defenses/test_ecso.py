@@ -23,7 +23,7 @@ from guardalign.models.asking import Answer, Ask, Asking
 from guardalign.models.lvlm import Lvlm
 from guardalign.models.prompts import Prompt
 from guardalign.types import Case, Cost, Detection, Reply, Sample
-from tests.small_lvlms import FAMILIES_BY_TURNS, picture, small_lvlm
+from tests.small_lvlms import FAMILIES_BY_TURNS, FAMILIES_SELDOM, picture, small_lvlm
 
 GREEDY = GenerationConfig(max_new_tokens=8)
 SAMPLED = GenerationConfig(max_new_tokens=8, temperature=0.9, seed=3)
@@ -119,7 +119,7 @@ def test_the_last_answer_depends_on_the_description_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("generation", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_what_is_not_flagged_is_the_plain_answer(family: str, generation: GenerationConfig) -> None:
     lvlm = small_lvlm(family)
     plain = answered(NoDefense(), lvlm, CASES, generation)
@@ -132,7 +132,7 @@ def test_what_is_not_flagged_is_the_plain_answer(family: str, generation: Genera
     assert [replace(reply, flagged=None, first_response=None) for reply in detected] == plain
 
 
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_an_answer_is_the_same_alone_and_in_any_batch(family: str) -> None:
     lvlm, how = small_lvlm(family), Ecso(detect="ot", caption_tokens=5)
     alone = [answered(how, lvlm, [each], SAMPLED)[0] for each in CASES]

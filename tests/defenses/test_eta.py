@@ -25,7 +25,7 @@ from guardalign.models.openings import opening_ids
 from guardalign.models.reward import load_reward
 from guardalign.models.similarity import load_similarity, picture_vector
 from guardalign.types import Case, Cost, Reply, Sample
-from tests.small_lvlms import FAMILIES_BY_TURNS, picture, small_lvlm
+from tests.small_lvlms import FAMILIES_BY_TURNS, FAMILIES_SELDOM, picture, small_lvlm
 
 GREEDY = GenerationConfig(max_new_tokens=8)
 LONGER = GenerationConfig(max_new_tokens=40)
@@ -74,7 +74,7 @@ def test_unless_both_flag_it_is_the_undefended_model(family: str, never: dict[st
         assert all(reply.flagged is False and reply.first_response is None for reply in defended)
 
 
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_a_rewritten_answer_is_the_same_alone_and_with_neighbours(family: str) -> None:
     lvlm, defense = small_lvlm(family), Eta(num_candidates=3, sentence_tokens=4, **ALWAYS)  # type: ignore[arg-type]
     together = answered(defense, lvlm, CASES, GREEDY, capacity=7)

@@ -34,7 +34,7 @@ from guardalign.models.openings import opening_ids
 from guardalign.models.prompts import Prompt
 from guardalign.models.sampling import row_seed, uniform_numbers
 from guardalign.types import Case, Cost, Reply, Sample
-from tests.small_lvlms import DISTINCT, FAMILIES_BY_TURNS, picture, small_lvlm
+from tests.small_lvlms import DISTINCT, FAMILIES_BY_TURNS, FAMILIES_SELDOM, picture, small_lvlm
 
 PROFILES: Final[tuple[Literal["paper", "released"], ...]] = ("paper", "released")
 GREEDY = GenerationConfig(max_new_tokens=8)
@@ -81,7 +81,7 @@ def under(defense: SafeCoDe, lvlm: Lvlm, some: Case, unsafe: bool | None, genera
 
 
 @pytest.mark.parametrize("generation", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_without_contrast_and_modulation_it_is_the_plain_model(family: str, generation: GenerationConfig) -> None:
     neutral, lvlm = SafeCoDe(alpha=0, lambda_boost=0, lambda_supp=0), small_lvlm(family)
     plain = answered(NoDefense(), lvlm, cases(family), generation)
@@ -122,7 +122,7 @@ def test_without_noise_the_contrast_is_a_temperature() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
+@pytest.mark.parametrize("family", FAMILIES_SELDOM)
 def test_an_answer_is_the_same_alone_and_in_any_batch(family: str, profile: Literal["paper", "released"]) -> None:
     lvlm, how = small_lvlm(family), SafeCoDe(profile=profile, sigma=0.5)
     verdicts = (True, False, None, True)
@@ -232,6 +232,7 @@ def test_released_goes_on_after_a_refusal_as_long_as_it_is_published(family: str
 # ---- the verdict
 
 
+@pytest.mark.slow
 def test_a_trained_model_tells_unsafe_scenes_and_better_with_the_picture() -> None:
     some, labels = scenes()
     shares = []

@@ -111,7 +111,7 @@ def test_a_second_run_does_no_model_work(finished: Path, capsys: pytest.CaptureF
     assert [(finished / f"tables.{kind}").read_text() for kind in ("txt", "md", "json")] == tables
 
 
-@pytest.mark.parametrize("commits", [1, 4])
+@pytest.mark.parametrize("commits", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_run_that_was_interrupted_goes_on_where_it_stopped(
     commits: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +179,7 @@ def test_another_comparison_does_not_go_into_the_same_folder(
     assert evaluate(finished, "--generation.max_new_tokens", "7") == 2
 
 
+@pytest.mark.slow
 def test_two_models_and_two_benchmarks_share_detection(finished: Path, tmp_path: Path) -> None:
     from guardalign.micro import WEIGHTS
 

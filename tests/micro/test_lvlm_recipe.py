@@ -125,6 +125,7 @@ def test_the_saved_model_answers_with_the_trainers_logits(trainer: LvlmTrainer, 
     assert mask.shape[-1] == len(first.ids) and positions.max() == len(first.ids) - 1
 
 
+@pytest.mark.slow
 def test_every_word_of_the_world_is_one_token(trainer: LvlmTrainer) -> None:
     backend = trainer.tokenizer.backend_tokenizer
     rng = np.random.default_rng(1)

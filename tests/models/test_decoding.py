@@ -19,7 +19,7 @@ from guardalign.models.choosing import policy_logits
 from guardalign.models.decoding import Decoder
 from guardalign.models.lvlm import Lvlm
 from guardalign.models.prompts import Prompt
-from tests.small_lvlms import FAMILIES, picture, small_lvlm
+from tests.small_lvlms import FAMILIES, FAMILIES_BY_TURNS, picture, small_lvlm
 
 PREFIX = "As an AI assistant, I decline."
 TEXTS = (
@@ -86,7 +86,7 @@ def test_greedy_answers_are_generates_own_token_for_token(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
 def test_rows_that_join_and_leave_in_mid_flight_say_what_they_say_alone(family: str) -> None:
     lvlm = small_lvlm(family)
     lengths = (5, 31, 9, 17, 2)
@@ -98,7 +98,7 @@ def test_rows_that_join_and_leave_in_mid_flight_say_what_they_say_alone(family: 
     assert answered(lvlm, asks[::-1], 2) == alone[::-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
 def test_calibrated_rows_among_plain_ones_are_calibrated_as_alone(family: str) -> None:
     lvlm = small_lvlm(family)
     layers = lvlm.calibrated_layers(None)
@@ -135,7 +135,7 @@ def first_logits(lvlm: Lvlm, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
     return answer.logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
 def test_contrasted_tokens_are_those_of_two_separate_views(family: str) -> None:
     lvlm, alpha, steps = small_lvlm(family), 0.6, 4
     texts = TEXTS[:2]
@@ -165,7 +165,7 @@ def test_a_contrast_of_zero_is_no_contrast_and_reads_no_second_view() -> None:
     assert contrasted[0].cost.contrast_seconds == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
 def test_a_saved_row_goes_on_as_if_it_had_never_stopped(family: str) -> None:
     lvlm = small_lvlm(family)
     some = prompts(lvlm, 3)
@@ -183,7 +183,7 @@ def test_a_saved_row_goes_on_as_if_it_had_never_stopped(family: str) -> None:
     assert [each.value for each in ended] == [[each.tokens] * 2 for each in whole]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_BY_TURNS)
 def test_forced_tokens_and_a_longer_prompt_lead_to_the_same_words(family: str) -> None:
     lvlm = small_lvlm(family)
     for prompt in prompts(lvlm, 2):
