@@ -296,6 +296,7 @@ def test_the_next_line_works_as_it_is_printed(
     assert "plan: 33 rows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_next_line_after_a_run_has_the_runs_settings(
     source: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

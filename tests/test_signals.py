@@ -160,6 +160,7 @@ def assert_told(said: Sequence[str]) -> None:
     assert [line.split(":")[0] for line in said] == ["NOTE", "interrupted", "to resume, type the same line again"], said
 
 
+@pytest.mark.slow
 def test_two_sigints_end_an_audit_with_its_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twice = (signal.SIGINT, signal.SIGINT)
     code, said = interrupted_at(tmp_path / "out", 1, twice, *LOCAL, monkeypatch=monkeypatch)

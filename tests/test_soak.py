@@ -89,7 +89,7 @@ def killed_at(point: str, visit: int, out: Path, faults: Path, *, is_careless: b
         ("write.half", 1),  # the first file of all
         ("write.half", 8),  # a shard
         pytest.param("write.whole", 8, marks=pytest.mark.slow),
-        ("write.renamed", 8),
+        pytest.param("write.renamed", 8, marks=pytest.mark.slow),
         ("manifest.begin", 1),
     ],
 )

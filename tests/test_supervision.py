@@ -337,6 +337,7 @@ class Hopeless:
         os._exit(5)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_of_rows_that_are_passed_by_ends_the_run_with_one_sentence(worker: Any) -> None:
     with pytest.raises(ModelError, match=r"dies even of rows passed by \(it ended with exit code 5\)"):
         worker(Hopeless())(shard().slice(0, 1))
@@ -380,6 +381,7 @@ def test_limits_hold_for_a_worker_that_is_never_silent(worker: Any, harm: str, k
     assert outcome(found) == expected(d=kind)
 
 
+@pytest.mark.slow
 def test_a_worker_that_takes_nothing_in_is_stopped_at_its_limit(worker: Any, tmp_path: Path) -> None:
     pool = worker(Harmful({}, str(tmp_path)), shard_seconds=3)
     assert outcome(pool(shard())) == expected()

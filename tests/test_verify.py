@@ -136,6 +136,7 @@ def test_a_judge_behind_an_endpoint_is_asked_again_only_on_request(
     assert len(judge.seen) > asked
 
 
+@pytest.mark.slow
 def test_in_bf16_the_share_that_differs_is_told_and_bounded(tmp_path: Path) -> None:
     flags = ("--recipe", "none", "--lvlm.dtype", "bfloat16", "--limit", 4, "--shard_rows", 2)
     assert run(*flags, "--output", tmp_path / "out") == 0

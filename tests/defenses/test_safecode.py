@@ -91,6 +91,7 @@ def test_without_contrast_and_modulation_it_is_the_plain_model(family: str, gene
         assert unflagged(lvlm.answered(some, 4)) == plain
 
 
+@pytest.mark.slow
 def test_neutral_it_is_the_plain_model_whatever_a_trained_model_says_of_the_request() -> None:
     neutral = SafeCoDe(alpha=0, lambda_boost=0, lambda_supp=0, verdict_sees_picture=True)
     found, plain = (answered(how, micro(), scenes()[0], GREEDY) for how in (neutral, NoDefense()))
@@ -305,6 +306,7 @@ def test_a_strong_boost_leaves_refusal_tokens_alone_and_a_strong_suppression_non
         assert not set(lowered) & set(tokens)
 
 
+@pytest.mark.slow
 def test_released_begins_with_a_refusal_after_unsafe() -> None:
     lvlm, how = micro(), SafeCoDe(profile="released", verdict_sees_picture=True)
     replies = answered(how, lvlm, scenes()[0], GenerationConfig(max_new_tokens=64))

@@ -53,6 +53,7 @@ def exchange(answer: str, request: str = REQUESTS[0], with_picture: bool = False
     return Exchange(Sample("s1", request, None, "here"), Reply(answer, 1, 1, "end"), look)
 
 
+@pytest.mark.slow
 def test_a_guard_that_was_taught_gives_the_verdicts_that_it_was_taught(guard: Path) -> None:
     judge = GuardJudge(model=str(guard), device="cpu").ready()
     verdicts = judge([exchange(answer, request) for answer in TAUGHT for request in REQUESTS])

@@ -345,6 +345,7 @@ def png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_the_gradient_lowers_the_auroc_of_its_column(encoder: PatchEncoder, scenes: Scenes) -> None:
     """A random CLIP may see the two kinds the wrong way round: one of the two labellings has an AUROC to lose."""
     few = scenes.first(3)
@@ -367,6 +368,7 @@ def test_every_attack_treats_the_same_scenes() -> None:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_tables_come_out_of_one_call_twice_the_same(encoder: PatchEncoder, folder: Path, tmp_path: Path) -> None:
     write(rows(), tmp_path / "proof.parquet")
     clips = {"contrastive": ClipConfig(model=f"local-dir:{folder}", device="cpu", batch_size=4)}
