@@ -28,9 +28,9 @@ LONG = Case(Sample("long", "Count the dogs, then the cats, then say why. " * 4, 
 """a neighbour for which all others are padded"""
 SLOW = pytest.mark.slow
 ONE_OF_EACH = ("none", "guardalign", "safecode", "casa", "eta", "ecso")
-DEFAULT = ("qwen2_5_vl", "mllama")
+DEFAULT = ("qwen2_5_vl",)
 BY_TURNS: list[Any] = [each if each in DEFAULT else pytest.param(each, marks=SLOW) for each in FAMILIES]
-"""mrope and cross attention; the matrix has a go at all families, the slow suite here"""
+"""mrope by default; the slow suite asks all families"""
 
 
 def replies(lvlm: Lvlm, defenses: Sequence[Defense], cases: Sequence[Case], size: int) -> list[Reply]:
