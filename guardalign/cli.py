@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from guardalign.commands import COMMANDS
 from guardalign.commands.console import with_negatives
-from guardalign.errors import RunFailedError, UserError, harmless
+from guardalign.ending import to_the_end
+from guardalign.errors import ConfigError, RunFailedError, UserError, harmless
 from guardalign.signals import INTERRUPTED, interrupt_on_signals
 from guardalign.version import VERSION
 
@@ -33,22 +34,16 @@ guardalign --version prints the version. Without settings, `guardalign audit` ru
 """
 
 
+def console() -> NoReturn:
+    """The command `guardalign`: runs what was typed and ends this process."""
+    to_the_end(main)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr()
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if words[0] == "--version":
-        print(f"guardalign {VERSION}")
-        return 0
-    command = COMMANDS.get(words[0])
-    if command is None:
-        return _complain(f"there is no command {words[0]!r}; one of: {', '.join(COMMANDS)}", 2)
-    interrupt_on_signals()
     try:
-        return command(with_negatives(words[1:]))
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except RunFailedError as error:
         return _complain(str(error), 1)
     except UserError as error:
@@ -60,6 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a full disk, a folder that may not be written: the user's to mend
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        print(f"guardalign {VERSION}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        raise ConfigError(f"there is no command {words[0]!r}; one of: {', '.join(COMMANDS)}")
+    interrupt_on_signals()
+    return command(with_negatives(words[1:]))
 
 
 class _HarmlessFormatter(logging.Formatter):
@@ -84,4 +93,4 @@ def _complain(sentence: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

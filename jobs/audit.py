@@ -9,6 +9,7 @@ In: an image-prompt data set, a recipe. Out: OUT/results/*.parquet and OUT/run.j
 import sys
 
 from guardalign.cli import main
+from guardalign.ending import to_the_end
 
 if __name__ == "__main__":
-    sys.exit(main(["audit", *sys.argv[1:]]))
+    to_the_end(lambda: main(["audit", *sys.argv[1:]]))

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from guardalign.ending import to_the_end
 from guardalign.errors import UserError
 from guardalign.micro.release import check, rebuild, ship
 from guardalign.models import hide_progress_bars
@@ -35,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    to_the_end(main)

@@ -9,6 +9,7 @@ In: benchmarks, recipes, models. Out: OUT/results/*.parquet, OUT/tables.md and O
 import sys
 
 from guardalign.cli import main
+from guardalign.ending import to_the_end
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    to_the_end(lambda: main(["evaluate", *sys.argv[1:]]))

@@ -10,6 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
+from guardalign.ending import to_the_end
 from guardalign.errors import UserError
 from guardalign.micro.evaluate import evaluate, ship
 from guardalign.models import hide_progress_bars
@@ -37,4 +38,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    to_the_end(main)

@@ -7,10 +7,10 @@ In: nothing. Out: kills by place, what was lost, doubled or changed; exit code 1
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
+from guardalign.ending import to_the_end
 from guardalign.soak.poison import poisoned
 from guardalign.soak.report import is_sound, report
 from guardalign.soak.rounds import ENGINES, Soak, soak
@@ -47,4 +47,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    to_the_end(main)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("local", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)  # each run the examples of the last one
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("search" if os.environ.get("GUARDALIGN_FUZZ") else "same")
 
 FIGSTEP = Path(__file__).resolve().parents[2] / "shared" / "data" / "figstep"
 

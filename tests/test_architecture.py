@@ -37,6 +37,7 @@ FLOORS = (
         "pipeline",
         "nodes",
         "signals",
+        "ending",
         "verify",
         "micro",
         "settings",

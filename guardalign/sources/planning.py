@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,8 +161,8 @@ def _check_present(setting: str, column: str, present: Collection[str], where: s
 
 
 def _all(columns: Iterable[str]) -> str:
-    """Columns for a sentence; those with blanks at their ends in quotes, where they show."""
-    return named(column if column == column.strip() else repr(column) for column in columns) or "none"
+    """Columns for a sentence."""
+    return named(columns) or "none"
 
 
 def find_present(present: Collection[str], needed: Iterable[str]) -> None:
@@ -196,8 +196,9 @@ def refuse_empty(config: InputConfig, num_rows: int) -> None:
         raise InputError(f"nothing to audit: {typed} holds no rows")
 
 
-def named(names: Iterator[str] | Iterable[str], most: int = 10) -> str:
-    """Names for a sentence: up to ten, then a count."""
+def named(names: Iterable[str], most: int = 10) -> str:
+    """Names for a sentence: up to ten, then a count; in quotes where blanks or line ends would not show otherwise."""
     ordered = list(names)
+    shown = (name if name.isprintable() and name == name.strip() else repr(name) for name in ordered[:most])
     more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
+    return ", ".join(shown) + more

@@ -13,7 +13,7 @@ from guardalign.errors import ERROR_KINDS
 from tests.fuzz.corpus_tables import SECRET, TableCase
 
 AT_LENGTH = int(os.environ.get("GUARDALIGN_FUZZ", "1000"))
-"""examples of the long property tests"""
+"""examples of the long property tests; whoever sets the variable gets others each time"""
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".tar": "webdataset"}
 LONGEST_LINE = 1_000
 """of a refusal [characters]: whoever reads it has a terminal"""
