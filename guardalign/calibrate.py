@@ -36,7 +36,7 @@ from guardalign.rescore import open_finished
 from guardalign.results import RunFolder, ShardWriter, shard_name
 from guardalign.schema import IMAGE, RESULT_NAMES, result_schema
 from guardalign.settings import STRATEGIES, load_settings
-from guardalign.sources import Plan, Shard, Source, make_source
+from guardalign.sources import Outline, Plan, Shard, Source, make_source
 from guardalign.taxonomy import Taxonomy, load_taxonomy
 from guardalign.thresholds import (
     COLUMNS,
@@ -239,6 +239,10 @@ class PicturesAlone:
     def plan(self, shard_rows: int, limit: int | None) -> Plan:
         """See `Source.plan`."""
         return self.source.plan(shard_rows, limit)
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        return self.source.outline(shard)
 
     def read(self, shard: Shard) -> pa.Table:
         """See `Source.read`; where a picture has no prompt, a word stands for it."""

@@ -4,7 +4,7 @@
 
 Most rows that kill are found by the watcher (`supervision.py`), whom they do not reach. Some do: a row that fills a
 machine makes Ray stop the watcher, or the whole node; without `cluster.isolated` a row kills the very process that
-works on it. After three such deaths each row of the shard is tried alone, its name written down before; one that was
+works on it; nobody watches whoever reads. After three such deaths each row of the shard is tried alone, its name written down before; one that was
 written down at two deaths is given up. So deaths from outside cost work and no row, unless five of them hit one shard,
 two of these one row tried alone. Where the driver outlives its workers only deaths of one run count: whoever kills the
 driver, or interrupts it, says nothing of rows. Whoever raises is not dead.
@@ -14,7 +14,8 @@ Knows nothing of workers, models or Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -48,6 +49,20 @@ class Entry:
     passed: list[str] = field(default_factory=list)
     """rows that were tried alone and did no harm"""
 
+    @property
+    def is_to_be_tried(self) -> bool:
+        """Whether its rows are to be tried alone, after so many deaths."""
+        return self.begun > MOST_DEATHS
+
+    @property
+    def unexplained(self) -> int:
+        """Deaths since its rows were to be tried alone that happened over none of them."""
+        return max(0, self.begun - 1 - MOST_DEATHS - sum(self.deaths.values()))
+
+    def gives_up(self, sample_id: str) -> bool:
+        """Whether the row has ended whoever tried it alone, often enough."""
+        return self.deaths.get(sample_id, 0) >= MOST_ALONE
+
 
 class Journal:
     """What one pool writes down of its shards; with a `run`, deaths in other runs do not count."""
@@ -58,12 +73,18 @@ class Journal:
 
     def through(self, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
         """`work(table)`, written down while it lasts; rows that have ended whoever worked on them are given up."""
-        name = f"{FOLDER}/{self.pool}-{table['shard'][0].as_py():06d}.json"
-        try:
-            entry = self._begun(name)
-            if entry.begun > MOST_DEATHS:
-                self._try_rows(work, table, name, entry)
+        with self.begun(table["shard"][0].as_py()) as entry:
+            if entry.is_to_be_tried:
+                sample_ids, errors = _cells(table, "sample_id", "error")
+                self.try_rows(entry, sample_ids, errors, lambda at: work(table.slice(at, 1)))
             return work(_without(table, entry, self.pool.split("+")[0]))
+
+    @contextmanager
+    def begun(self, shard: int) -> Iterator[Entry]:
+        """What is known of the shard, once more begun; forgotten at the end, unless that is a death."""
+        name = f"{FOLDER}/{self.pool}-{shard:06d}.json"
+        try:
+            yield self._begun(name)
         finally:
             self.close()
 
@@ -85,16 +106,19 @@ class Journal:
         self._write(name, entry)
         return entry
 
-    def _try_rows(self, work: Callable[[pa.Table], pa.Table], table: pa.Table, name: str, entry: Entry) -> None:
-        """Every row alone, for what becomes of us; what becomes of the row is thrown away."""
-        for at, (sample_id, error) in enumerate(zip(*_cells(table, "sample_id", "error"), strict=True)):
-            if error is None and sample_id not in entry.passed and entry.deaths.get(sample_id, 0) < MOST_ALONE:
+    def try_rows(
+        self, entry: Entry, sample_ids: Sequence[str], errors: Sequence[str | None], work: Callable[[int], object]
+    ) -> None:
+        """`work` on the place of every row alone, for what becomes of us; what becomes of the row is thrown away."""
+        assert self._open is not None, "no shard is begun"
+        for at, (sample_id, error) in enumerate(zip(sample_ids, errors, strict=True)):
+            if error is None and sample_id not in entry.passed and not entry.gives_up(sample_id):
                 entry.row = sample_id
-                self._write(name, entry)
-                work(table.slice(at, 1))
+                self._write(self._open, entry)
+                work(at)
                 entry.passed.append(sample_id)
         entry.row = None
-        self._write(name, entry)
+        self._write(self._open, entry)
 
     def _read(self, name: str) -> Entry:
         try:
@@ -113,8 +137,10 @@ def _cells(table: pa.Table, *names: str) -> list[Sequence[Any]]:
 def _without(table: pa.Table, entry: Entry, stage: str) -> pa.Table:
     """The table with the rows that were given up."""
     failures = {
-        at: Failure("killed_worker", f"sample {sample_id} killed the worker and its watcher {times} times")
+        at: Failure(
+            "killed_worker", f"sample {sample_id} killed the worker and its watcher {entry.deaths[sample_id]} times"
+        )
         for at, sample_id in enumerate(table["sample_id"].to_pylist())
-        if (times := entry.deaths.get(sample_id, 0)) >= MOST_ALONE
+        if entry.gives_up(sample_id)
     }
     return give_up(table, stage, failures)

@@ -30,7 +30,7 @@ from guardalign.judges import Judge as JudgeProtocol
 from guardalign.judges import judge_of
 from guardalign.micro import resolve_clip, resolve_lvlm
 from guardalign.nodes import cluster_errors, proven, require_cluster, watched
-from guardalign.reading import read_shard, read_task
+from guardalign.reading import read_noted, read_task
 from guardalign.receipts import Receipt
 from guardalign.results import ShardWriter
 from guardalign.sanitizers import SANITIZERS
@@ -137,10 +137,11 @@ def run_locally(
     listed = steps(config, taxonomy) if listed is None else listed
     pools = "+".join(dict.fromkeys(step.pool for step in listed))
     work = staged(Order(pools, listed, config.cluster.threads, is_last=True), config.cluster)
+    reads = Journal(writer.out, "read", None)
     journal = Journal(writer.out, pools, writer.run_id if config.cluster.isolated else None)
     try:
         for shard in shards:
-            yield writer.commit(journal.through(work, read_shard(source, shard)))
+            yield writer.commit(journal.through(work, read_noted(source, shard, reads)))
     finally:
         work.stop()
         journal.close()

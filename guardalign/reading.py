@@ -8,62 +8,110 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 
 from guardalign.errors import InputError, UserError
-from guardalign.faults import reach
+from guardalign.faults import reach, strike
 from guardalign.guard import Failure
-from guardalign.journal import FOLDER, MOST_DEATHS
-from guardalign.results import RunFolder
+from guardalign.journal import MOST_DEATHS, Journal
 from guardalign.schema import IMAGE, PLANNED, with_columns
-from guardalign.sources import Shard, Source
+from guardalign.sources import Shard, Source, Span
 from guardalign.supervision import as_table
 from guardalign.working import give_up
 
 
-def read_shard(source: Source, shard: Shard) -> pa.Table:
-    """A shard's rows as the first working table."""
+def read_shard(source: Source, shard: Shard, deaths: Mapping[int, int] | None = None) -> pa.Table:
+    """A shard's rows as the first working table.
+
+    `deaths` tells, by position, how often a row has ended whoever read it: such rows are error rows, and not touched.
+    """
     reach("read.shard")
-    table = source.read(shard)
-    assert table.num_rows == shard.num_rows, f"shard {shard.index}: {table.num_rows} rows, {shard.num_rows} planned"
     rows = shard.num_rows
+    table = _read_but(source, shard, deaths) if deaths else _read(source, shard)
+    assert table.num_rows == rows, f"shard {shard.index}: {table.num_rows} rows, {rows} planned"
     return admit(with_columns(table, {"shard": [shard.index] * rows, PLANNED: [rows] * rows}))
+
+
+def read_noted(source: Source, shard: Shard, journal: Journal) -> pa.Table:
+    """`read_shard`, written down in OUT's journal while it lasts: a row may end whoever reads it.
+
+    After three such deaths every row is read alone, and one that ends two more readers is an error row. Where no row
+    alone explains them, `InputError` names the shard's place: Ray would repeat the read for ever.
+    """
+    with journal.begun(shard.index) as entry:
+        if not entry.is_to_be_tried:
+            return read_shard(source, shard)
+        if entry.unexplained >= MOST_DEATHS:
+            raise _deadly(shard, entry.begun - 1)
+        outline = source.outline(shard)
+        sample_ids = outline.rows["sample_id"].to_pylist()
+        alone = [Shard(shard.index, 1, (span,)) for span in outline.spans]
+        journal.try_rows(entry, sample_ids, [None] * len(sample_ids), lambda at: _read(source, alone[at]))
+        given_up = {at: entry.deaths[name] for at, name in enumerate(sample_ids) if entry.gives_up(name)}
+        return read_shard(source, shard, given_up)
 
 
 def read_task(source: Source, out: str, run: str, batch: pa.Table) -> pa.Table:
     """The same of a table with one pickled shard; what the user can mend travels on as a value.
 
-    It is written down in OUT's journal while it lasts: Ray repeats a read whose worker died for ever, and a file may
-    be what kills whoever reads it. Deaths in other runs do not count, and whoever raises is not dead.
+    Deaths in other runs do not count: the driver outlives its readers.
     """
-    shard: Shard = pickle.loads(batch["shard"][0].as_py())
-    folder, note = RunFolder(out), f"{FOLDER}/read-{shard.index:06d}.json"
     try:
-        begun = _begun(folder, note, run)
-        if begun >= MOST_DEATHS:
-            return as_table(_deadly(shard))
-        folder.write_json(note, {"begun": begun + 1, "run": run})
-        return read_shard(source, shard)
+        return read_noted(source, pickle.loads(batch["shard"][0].as_py()), Journal(out, "read", run))
     except UserError as problem:
         return as_table(problem)
-    finally:
-        folder.remove(note)
 
 
-def _begun(folder: RunFolder, note: str, run: str) -> int:
-    """How often this run has begun to read the shard."""
-    before = folder.read_json(note, "begun", "run") if folder.exists(note) else {}
-    return int(before["begun"]) if before.get("run") == run else 0
+def _read_but(source: Source, shard: Shard, deaths: Mapping[int, int]) -> pa.Table:
+    """The shard's rows, those with deaths as error rows."""
+    outline = source.outline(shard)
+    kept = [at for at in range(shard.num_rows) if at not in deaths]
+    lost = outline.rows.take(pa.array(deaths, pa.int64()))
+    sentences = [
+        f"sample {name} ended whoever read it {times} times"
+        for name, times in zip(lost["sample_id"].to_pylist(), deaths.values(), strict=True)
+    ]
+    tables = [with_columns(lost, {"error": sentences, "error_kind": ["killed_worker"] * len(deaths)})]
+    if kept:
+        tables.append(_read(source, _part(shard, [outline.spans[at] for at in kept])))
+    found = pa.concat_tables(tables, promote_options="permissive")
+    return found.take(np.argsort([*deaths, *kept])).combine_chunks()
 
 
-def _deadly(shard: Shard) -> InputError:
+def _read(source: Source, shard: Shard) -> pa.Table:
+    """The shard's rows; here strike those that are faults on purpose."""
+    table = source.read(shard)
+    for sample_id in table["sample_id"].to_pylist():
+        strike("read", sample_id)
+    return table
+
+
+def _part(shard: Shard, spans: Sequence[Span]) -> Shard:
+    """Some rows of the shard; spans that follow each other are one."""
+    joined: list[Span] = []
+    for span in spans:
+        last = joined[-1] if joined else None
+        if last is not None and (last.uri, last.rows.stop) == (span.uri, span.first):
+            joined[-1] = replace(last, num_rows=last.num_rows + span.num_rows)
+        else:
+            joined.append(span)
+    return Shard(shard.index, sum(span.num_rows for span in spans), tuple(joined))
+
+
+def _deadly(shard: Shard, deaths: int) -> InputError:
     first = shard.spans[0]
     rows = f"its {shard.num_rows} rows from row {first.first} on"
     where = (
         f"{first.name}, {rows}," if len(shard.spans) == 1 else f"one of {len(shard.spans)} files from {first.name} on"
     )
-    return InputError(f"{where} ended whoever read it {MOST_DEATHS} times (shard {shard.index}); mend or leave it out")
+    mend = "lower shard_rows, mend it or leave it out"
+    return InputError(
+        f"{where} ended whoever read it {deaths} times, and no row alone did (shard {shard.index}): {mend}"
+    )
 
 
 def admit(table: pa.Table) -> pa.Table:

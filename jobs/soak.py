@@ -13,7 +13,7 @@ from pathlib import Path
 from guardalign.ending import to_the_end
 from guardalign.soak.poison import poisoned
 from guardalign.soak.report import is_sound, report
-from guardalign.soak.rounds import ENGINES, Soak, soak
+from guardalign.soak.rounds import ENGINES, Soak, soak, undisturbed
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
             return poisoned(output, print)
         asked = Soak(given.kills, output, given.rows, given.seed, 60 * given.until, tuple(given.engines.split(",")))
         results = []
-        for result in soak(asked):
+        for result in soak(asked, undisturbed(asked)):
             results.append(result)
             places = ", ".join(kill.place for kill in result.kills) or "no kill"
             print(f"round {len(results)}: {places}; {result.starts} starts, {result.seconds:.0f} s", flush=True)

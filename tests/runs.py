@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from guardalign.cli import main
+from guardalign.faults import VARIABLE
 from guardalign.schema import VOLATILE
 
 QUICK = ("--generation.max_new_tokens", "4", "--engine", "local", "--cluster.isolated", "false")
@@ -55,6 +58,23 @@ def start(*flags: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ)
     )
+
+
+def forked(target: Callable[..., object], *arguments: object) -> int:
+    """Exit code of a process that ends with `target(*arguments)`, forked from one that has torch: it starts at once."""
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["guardalign.audit", "guardalign.cli", "open_clip", "transformers"])
+    process = forkserver.Process(target=target, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def audited(faults: Path, *flags: object) -> None:
+    """For `forked`: an audit with faults on purpose."""
+    os.environ[VARIABLE] = str(faults)
+    sys.exit(run(*flags))
 
 
 def kill_when(process: subprocess.Popen[bytes], out: Path, shards: int, seconds: float = 300) -> int:

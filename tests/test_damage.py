@@ -204,4 +204,4 @@ def test_reading_columns_of_a_damaged_shard_gives_their_values_or_an_error(out: 
         except ResumeError as error:
             assert str(error).endswith(MEND)
             num_wrong += 1
-    assert num_wrong > 60
+    assert num_wrong > 40, "most of a page is its values; where pages end differs from run to run"

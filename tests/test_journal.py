@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from runs import committed, rows, run, start
+from runs import audited, committed, forked, rows, run
 
 from guardalign.errors import ModelError
 from guardalign.journal import FOLDER, MOST_DEATHS, Journal
@@ -105,25 +106,15 @@ def test_a_note_that_death_has_cut_off_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_row_that_kills_the_whole_process_ends_as_an_error_after_some_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_kills_the_whole_process_ends_as_an_error_after_some_resumes(tmp_path: Path) -> None:
     faults, out = tmp_path / "faults", tmp_path / "out"
     faults.mkdir()
     (faults / "rows.json").write_text(json.dumps({"generate": {"scene-005": "segfault"}}))
-    monkeypatch.setenv("GUARDALIGN_FAULTS", str(faults))
-    flags = ("--recipe", "none", "--shard_rows", 4, "--limit", 8, "--generation.max_new_tokens", 2)
-    flags = (*flags, "--engine", "local", "--cluster.isolated", "false", "--self_check", "false", "--output", out)
-    codes = []
-    while not codes or codes[-1] != 0:
-        process = start(*flags)
-        process.communicate()
-        codes.append(process.returncode)
-        assert len(codes) < 9
-    assert codes == [-11] * 5 + [0]
+    flags = ("--recipe", "none", "--shard_rows", 4, "--limit", 8, "--self_check", "false")
+    codes = [forked(audited, faults, *flags, "--output", out) for _ in range(6)]
+    assert codes == [-signal.SIGSEGV] * 5 + [0]
     assert committed(out) == 2
-    monkeypatch.delenv("GUARDALIGN_FAULTS")
-    assert run(*flags[:6], "--generation.max_new_tokens", 2, "--output", tmp_path / "whole") == 0
+    assert run(*flags, "--output", tmp_path / "whole") == 0
     found, whole = rows(out), rows(tmp_path / "whole")
     assert found.pop("scene-005")["error_kind"] == "killed_worker"
     whole.pop("scene-005")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -25,18 +23,12 @@ from runs import committed, rows, run, start
 
 from guardalign.audit import prepare
 from guardalign.config import AuditConfig, ClipConfig, LvlmConfig
-from guardalign.errors import ConfigError, InputError
-from guardalign.journal import MOST_DEATHS
+from guardalign.errors import ConfigError
 from guardalign.micro import WEIGHTS
 from guardalign.nodes import places, require_cluster
-from guardalign.pipeline import run_on_ray
-from guardalign.reading import read_task
-from guardalign.results import RunFolder, ShardWriter
-from guardalign.schema import result_schema
+from guardalign.results import RunFolder
 from guardalign.settings import load_settings
 from guardalign.sight import TOKEN, Place, Sight, place, prove, require_sight, shown
-from guardalign.sources import Plan, Shard, Source
-from guardalign.supervision import receipt_of
 
 SAMPLE = Path(__file__).parents[1] / "guardalign/micro/sample.parquet"
 WORK = ("--generation.max_new_tokens", 4, "--cluster.isolated", "false", "--shard_rows", 6, "--self_check", "false")
@@ -355,54 +347,6 @@ def test_a_node_that_does_not_see_the_output_is_named_before_anything_is_written
     assert last.startswith("guardalign: node ")
     assert f"does not see OUT {out}" in last
     assert sorted(path.name for path in out.iterdir()) == [".lock", "inputs.parquet", "plan.json"]
-
-
-DEADLY = r"^sample.parquet, its 4 rows from row 4 on, ended whoever read it 3 times \(shard 1\); mend or leave it out$"
-
-
-@dataclass
-class Deadly:
-    """A source whose second shard kills whoever reads it."""
-
-    source: Source
-
-    def plan(self, shard_rows: int, limit: int | None) -> Plan:
-        return self.source.plan(shard_rows, limit)
-
-    def read(self, shard: Shard) -> pa.Table:
-        if shard.index == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.source.read(shard)
-
-
-def test_a_shard_that_was_begun_too_often_is_not_read_again(tmp_path: Path) -> None:
-    """Children die of it as Ray's workers would; what other shards hold is read as ever."""
-    prepared = prepare(AuditConfig(shard_rows=4, limit=8))
-    deadly = Deadly(prepared.source)
-    good, bad = (pa.table({"shard": [pickle.dumps(shard)]}) for shard in prepared.plan.shards)
-    for _ in range(MOST_DEATHS):
-        child = multiprocessing.get_context("fork").Process(target=read_task, args=(deadly, str(tmp_path), "run", bad))
-        child.start()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        assert read_task(deadly, str(tmp_path), "run", good).num_rows == 4
-    with pytest.raises(InputError, match=DEADLY):
-        receipt_of(read_task(deadly, str(tmp_path), "run", bad))
-    mended = read_task(prepared.source, str(tmp_path), "run", bad)
-    assert mended.num_rows == 4, "the next run begins to count anew"
-
-
-@pytest.mark.slow
-def test_a_file_that_kills_whoever_reads_it_ends_the_run_with_one_line(ray_cluster: None, tmp_path: Path) -> None:
-    import ray.cloudpickle
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests
-    config = load_settings("none", [], ["--shard_rows=4", "--limit=8", "--cluster.isolated=false"])
-    prepared = prepare(replace(config, self_check=False))
-    writer = ShardWriter(str(tmp_path), result_schema(), "run", 1)
-    source = Deadly(prepared.source)
-    with pytest.raises(InputError, match=DEADLY):
-        list(run_on_ray(prepared.config, prepared.taxonomy, source, prepared.plan.shards, writer))
 
 
 def test_an_address_without_a_cluster_is_one_line_at_once() -> None:

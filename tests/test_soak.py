@@ -4,22 +4,22 @@ that can fail."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import run
+from runs import forked, run
 
 from guardalign.cli import main
 from guardalign.config import ClusterConfig
@@ -34,7 +34,8 @@ from guardalign.soak.dealing import AT, USED, Deck, Kill, Moment, hits, moments,
 from guardalign.soak.poison import HARMS, prices_of
 from guardalign.soak.processes import MARK, PLACES, Process, Scene, left_behind, living
 from guardalign.soak.report import is_sound, report
-from guardalign.soak.rounds import Round, RoundResult, Soak, soak
+from guardalign.soak.rounds import ROWS, Round, RoundResult, Soak, soak
+from guardalign.soak.rounds import undisturbed as reference_of
 from guardalign.supervision import Pool, receipt_of
 from guardalign.worker import Order
 
@@ -48,6 +49,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     assert run(*FLAGS, "--output", out, quick=False) == 0
     return out
+
+
+Rounds = Callable[[Path], Sequence[dict[str, Any]]]
+"""Puts the input of rounds into a folder; returns what each must come to."""
+
+
+@pytest.fixture(scope="module")
+def rounds_of_64(tmp_path_factory: pytest.TempPathFactory) -> Rounds:
+    folder = tmp_path_factory.mktemp("rounds")
+    wanted = reference_of(Soak(0, folder, 64))
+
+    def begin(there: Path) -> Sequence[dict[str, Any]]:
+        shutil.copy(folder / ROWS, there)
+        return wanted
+
+    return begin
 
 
 def write_in_place(self: RunFolder, target: str, content: bytes) -> None:
@@ -72,13 +89,7 @@ def killed_at(point: str, visit: int, out: Path, faults: Path, *, is_careless: b
     faults.mkdir(exist_ok=True)
     (faults / VISITS).touch()
     (faults / point).write_text(str(visit))
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["guardalign.audit", "guardalign.cli", "open_clip", "transformers"])
-    process = forkserver.Process(target=audit_with_faults, args=(str(out), str(faults), is_careless))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the audit hangs"
-    return process.exitcode
+    return forked(audit_with_faults, str(out), str(faults), is_careless)
 
 
 @pytest.mark.parametrize(
@@ -339,30 +350,29 @@ def test_the_table_says_what_was_hit_and_what_was_lost() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ["local", "ray", "cluster"])
-def test_a_few_random_kills_lose_nothing(engine: str, tmp_path: Path) -> None:
-    results = list(soak(Soak(3, tmp_path, 64, seed=1, engines=(engine,))))
+def test_a_few_random_kills_lose_nothing(engine: str, rounds_of_64: Rounds, tmp_path: Path) -> None:
+    results = list(soak(Soak(3, tmp_path, 64, seed=1, engines=(engine,)), rounds_of_64(tmp_path)))
     assert is_sound(results), "\n".join(report(results))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_actors_that_die_between_rename_and_receipt_write_no_shard_twice(tmp_path: Path) -> None:
-    asked = Soak(0, tmp_path, 96)
-    assert list(soak(asked)) == [], "the reference alone"
+def test_actors_that_die_between_rename_and_receipt_write_no_shard_twice(rounds_of_64: Rounds, tmp_path: Path) -> None:
     deck = Deck(Random(0))
-    deck.cards = [f"{AT}write.renamed"] * 8
-    due = [Moment(share / 9, 0.0) for share in range(1, 9)]
+    deck.cards = [f"{AT}write.renamed"] * 5
+    due = [Moment(share / 6, 0.0) for share in range(1, 6)]
+    wanted = rounds_of_64(tmp_path)
     with scratch() as folder:
-        result = Round(asked, 0, "ray", folder, deck, due, rows_of(tmp_path / "reference")).run()
+        result = Round(Soak(0, tmp_path, 64), 0, "ray", folder, deck, due, wanted).run()
     assert is_sound([result]), "\n".join(report([result]))
     assert len(result.kills) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_harness_finds_a_commit_that_is_not_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Soak(0, tmp_path, 64, engines=("local",))
-    assert list(soak(asked)) == [], "the reference alone"
+def test_the_harness_finds_a_commit_that_is_not_atomic(
+    rounds_of_64: Rounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'guardalign.cli' in sys.orig_argv:\n"
@@ -373,8 +383,8 @@ def test_the_harness_finds_a_commit_that_is_not_atomic(tmp_path: Path, monkeypat
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     deck = Deck(Random(0))
-    deck.cards = [f"{AT}write.half"] * 6
-    here = Round(asked, 0, "local", tmp_path, deck, moments(Random(0), 6), rows_of(tmp_path / "reference"))
+    deck.cards = [f"{AT}write.half"] * 3
+    here = Round(Soak(0, tmp_path, 64), 0, "local", tmp_path, deck, moments(Random(0), 3), rounds_of_64(tmp_path))
     assert not is_sound([here.run()])
 
 

@@ -38,7 +38,7 @@ from guardalign.models.provenance import COMMIT, seal, weights_fingerprint
 from guardalign.pipeline import NONE, Stage, Step, checked, scoring_steps
 from guardalign.sanitizers import SANITIZERS
 from guardalign.schema import HIDDEN, RESULT_NAMES
-from guardalign.sources import INPUT_SCHEMA, Plan, Shard, Source, make_source
+from guardalign.sources import INPUT_SCHEMA, Outline, Plan, Shard, Source, make_source
 from guardalign.stages import Judge
 from guardalign.supervision import PROBLEM
 from guardalign.taxonomy import load_taxonomy
@@ -75,11 +75,26 @@ class Samples:
 
     def read(self, shard: Shard) -> pa.Table:
         """A shard's samples, with the name of their benchmark."""
+        part, own = self._part_of(shard)
+        return self._as_samples(part.source.read(own), part.name)
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        part, own = self._part_of(shard)
+        found = part.source.outline(own)
+        return replace(found, rows=self._as_samples(found.rows, part.name))
+
+    def _part_of(self, shard: Shard) -> tuple[Part, Shard]:
+        """The benchmark, and the shard as it counts them."""
         number = shard.index % self.num_shards
         part = max((each for each in self.parts if each.first <= number), key=lambda each: each.first)
-        table = part.source.read(replace(shard, index=number - part.first))
+        return part, replace(shard, index=number - part.first)
+
+    @staticmethod
+    def _as_samples(table: pa.Table, benchmark: str) -> pa.Table:
+        """A benchmark's rows with its name, and the columns that all benchmarks have."""
         known = [name for name in (*INPUT_SCHEMA.names, *OWN) if name in table.column_names]
-        table = with_own_column(table.select(known), "benchmark", [part.name] * table.num_rows)
+        table = with_own_column(table.select(known), "benchmark", [benchmark] * table.num_rows)
         for name in OWN:
             values = table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
             table = with_own_column(table, name, values)

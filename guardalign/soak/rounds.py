@@ -23,6 +23,8 @@ from guardalign.soak.processes import PLACES, Scene, left_behind, living, strike
 
 ENGINES: Final = ("ray", "local", "cluster")
 """of the rounds, in turn"""
+ROWS: Final = "rows.parquet"
+"""file of the rounds' input"""
 KILLS_A_ROUND: Final = 7
 OF_THE_HEAD: Final = {"gcs_server", "raylet, driver's"}
 """places without which a cluster is none"""
@@ -74,15 +76,20 @@ class RoundResult:
     """on what went wrong"""
 
 
-def soak(asked: Soak) -> Iterator[RoundResult]:
-    """Rounds, until so many kills are dealt."""
-    draw = Random(asked.seed)
-    rows = asked.output / "rows.parquet"
+def undisturbed(asked: Soak) -> Sequence[dict[str, Any]]:
+    """Writes the rounds' input and audits it; what every round must come to."""
+    rows = asked.output / ROWS
     write_rows(rows, asked.rows)
     with scratch() as folder:
         reference = Audit(rows, asked.output / "reference", "local", f"{asked.output}/reference", folder)
         reference.finish(asked.output / "reference.log")
-    wanted, deck, started = rows_of(reference.out), Deck(draw), time.monotonic()
+    return rows_of(reference.out)
+
+
+def soak(asked: Soak, wanted: Sequence[dict[str, Any]]) -> Iterator[RoundResult]:
+    """Rounds, until so many kills are dealt, each held against what it must come to."""
+    draw = Random(asked.seed)
+    deck, started = Deck(draw), time.monotonic()
     dealt = number = 0
     while dealt < asked.kills and time.monotonic() - started < asked.seconds:
         engine = asked.engines[number % len(asked.engines)]
@@ -118,7 +125,7 @@ class Round:
         self.faults.mkdir(parents=True)
         (self.faults / VISITS).touch()
         mark, ray = f"{asked.output}/{number}", "local" if engine == "local" else "ray"
-        self.audit = Audit(asked.output / "rows.parquet", self.folder / "out", ray, mark, scratch, self.faults)
+        self.audit = Audit(asked.output / ROWS, self.folder / "out", ray, mark, scratch, self.faults)
         self.cluster: Cluster | None = None
         self.kills: list[Kill] = []
         self.findings = Findings()

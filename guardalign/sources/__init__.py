@@ -16,7 +16,7 @@ from guardalign.config import InputConfig
 from guardalign.errors import ConfigError
 from guardalign.sources import benign_layouts, column_layouts, unsafe_layouts, utility_layouts
 from guardalign.sources.column_layouts import ColumnLayout
-from guardalign.sources.contract import INPUT_SCHEMA, InputFile, Plan, Shard, Source, Span
+from guardalign.sources.contract import INPUT_SCHEMA, InputFile, Outline, Plan, Shard, Source, Span
 from guardalign.sources.figstep import FigstepSource
 from guardalign.sources.huggingface import HuggingfaceSource
 from guardalign.sources.micro_scenes import MicroSource
@@ -25,7 +25,7 @@ from guardalign.sources.planning import check_settings
 from guardalign.sources.tables import CsvSource, JsonlSource, TableSource
 from guardalign.sources.webdataset import WebdatasetSource
 
-__all__ = ["INPUT_SCHEMA", "SOURCES", "InputFile", "Plan", "Shard", "Source", "Span", "make_source"]
+__all__ = ["INPUT_SCHEMA", "SOURCES", "InputFile", "Outline", "Plan", "Shard", "Source", "Span", "make_source"]
 
 SourceClass = (
     type[ParquetSource]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from guardalign.errors import InputError, RowError
 from guardalign.sources.pictures import ImageRoot, with_pictures
 from guardalign.sources.planning import Columns
-from guardalign.sources.rows import InputRow, checked, failed, to_table
+from guardalign.sources.rows import InputRow, bare, checked, failed, to_table
 
 
 def is_path(kind: pa.DataType) -> bool:
@@ -160,11 +160,7 @@ def _unreadable(row: InputRow) -> InputRow:
 
 def lost_table(sample_ids: Sequence[str], places: Sequence[str], passed: Sequence[pa.Field]) -> pa.Table:
     """Rows whose cells cannot be decoded, as error rows with nulls in the columns of `passed`."""
-    rows = [_lost(InputRow(*pair)) for pair in zip(sample_ids, places, strict=True)]
-    table = to_table(rows, ())
-    for field in passed:
-        table = table.append_column(field, pa.nulls(len(rows), field.type))
-    return table
+    return bare([_lost(InputRow(*pair)) for pair in zip(sample_ids, places, strict=True)], passed)
 
 
 def _lost(row: InputRow) -> InputRow:

@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from guardalign.config import InputConfig
 from guardalign.errors import InputError, RowError
-from guardalign.sources.contract import Plan, Shard
+from guardalign.sources.contract import Outline, Plan, Shard
 from guardalign.sources.files import absolute, is_remote, list_files
 from guardalign.sources.huggingface import HuggingfaceSource
 from guardalign.sources.layout import BENIGN, COLUMN_SETTINGS, OWN_COLUMNS, UNSAFE, Entry, text, with_own_columns
 from guardalign.sources.parquet import ParquetSource
-from guardalign.sources.rows import InputRow, checked, failed, to_table
+from guardalign.sources.rows import InputRow, bare, checked, failed, to_table
 from guardalign.sources.utility_layouts import LETTERS, choice_question
 
 _PARQUET = (".parquet", ".parq", ".pq")
@@ -122,6 +122,13 @@ class ColumnLayout:
         for name in self.passed:
             found = found.append_column(table.schema.field(name), table[name])
         return found
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        raw = self._columns().outline(shard)
+        names = zip(raw.rows["sample_id"].to_pylist(), raw.rows["source"].to_pylist(), strict=True)
+        fields = (*_OWN_FIELDS, *(raw.rows.schema.field(name) for name in self.passed))
+        return Outline(bare([InputRow(*pair) for pair in names], fields), raw.spans)
 
     def _row(self, cells: Mapping[str, Any]) -> InputRow:
         """One row; an error row stays what it is."""

@@ -56,6 +56,11 @@ class Span:
     offset: int = 0
     """where the first row starts [bytes]; 0 for formats that find rows by their number"""
 
+    @property
+    def rows(self) -> range:
+        """The numbers of its rows."""
+        return range(self.first, self.first + self.num_rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -67,6 +72,16 @@ class Shard:
     """rows of all spans"""
     spans: tuple[Span, ...]
     """where the rows stand"""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What can be said of a shard's rows without reading them."""
+
+    rows: pa.Table
+    """the columns of `Source.read`: ids and places as they are there, everything else null"""
+    spans: tuple[Span, ...]
+    """of one row each, in their order"""
 
 
 @dataclass(frozen=True)
@@ -99,5 +114,12 @@ class Source(Protocol):
         """The shard's rows, in order: `INPUT_SCHEMA` and the passed-through columns.
 
         A row that cannot be read is a row with an error; `InputError` only when a file changed since it was planned.
+        """
+        ...
+
+    def outline(self, shard: Shard) -> Outline:
+        """The shard's rows without prompts and pictures, and where each stands: for rows that are not to be read.
+
+        Reads no more than `plan` does. `read` of a shard of one of the places is that row.
         """
         ...

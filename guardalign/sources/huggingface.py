@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -20,11 +20,11 @@ import pyarrow as pa
 from guardalign.config import InputConfig
 from guardalign.errors import ConfigError, InputError, require
 from guardalign.sources import arrow
-from guardalign.sources.contract import InputFile, Plan, Shard, Span
+from guardalign.sources.contract import InputFile, Outline, Plan, Shard, Span
 from guardalign.sources.files import absolute, list_folder
 from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
 from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, refuse_empty
-from guardalign.sources.rows import InputRow, checked, location, whole
+from guardalign.sources.rows import InputRow, bare, checked, location, whole
 
 _ID_ROWS = 10_000
 _PICTURE_ROWS = 32
@@ -102,6 +102,25 @@ class HuggingfaceSource:
         """See `Source.read`."""
         tables = [table for span in shard.spans for table in self._read_span(span)]
         return whole(pa.concat_tables(tables).combine_chunks(), shard)
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        tables = [self._outline_of(span) for span in shard.spans]
+        each = [dataclasses.replace(span, first=number, num_rows=1) for span in shard.spans for number in span.rows]
+        return Outline(whole(pa.concat_tables(tables), shard), tuple(each))
+
+    def _outline_of(self, span: Span) -> pa.Table:
+        path, revision = _unpinned(span.uri)
+        rows, _ = _load(path, self.config.subset, self.config.split, revision)
+        places = [location(span.name, number) for number in span.rows if number < len(rows)]
+        columns = find_columns(self.config, rows.column_names)
+        fields = arrow.passthrough_fields(rows.features.arrow_schema, self.config.passthrough)
+        ids: Iterable[str] = places
+        if columns.sample_id is not None:
+            only = dataclasses.replace(columns, category=None, label=None)
+            table = rows.select_columns([columns.sample_id])[span.first : span.first + len(places)]
+            ids = arrow.ids(_with_class_names(table, rows.features, only), columns.sample_id, places)
+        return bare([InputRow(*pair) for pair in zip(ids, places, strict=True)], fields)
 
     def _read_span(self, span: Span) -> Iterator[pa.Table]:
         path, revision = _unpinned(span.uri)

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 
 from guardalign.config import InputConfig
 from guardalign.errors import require
-from guardalign.sources.contract import Plan, Shard
+from guardalign.sources.contract import Outline, Plan, Shard
 from guardalign.sources.files import list_files
 from guardalign.sources.layout import BENIGN, COLUMN_SETTINGS, OWN_COLUMNS, with_own_columns
 from guardalign.sources.planning import URLS, ShardCutter, text_fields
-from guardalign.sources.rows import InputRow, location, to_table, whole
+from guardalign.sources.rows import InputRow, bare, location, to_table, whole
 
 FOLDER: Final = Path(__file__).parents[1] / "micro"
 SCENES, QUESTIONS = "proof.parquet", "questions.parquet"
@@ -60,9 +60,16 @@ class MicroSource:
         files = tuple(list_files(str(FOLDER / name), ())[0].as_input for name in (SCENES, QUESTIONS))
         return Plan(cutter.shards(), cutter.num_rows, files, text_fields(self.config))
 
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        spans = [dataclasses.replace(span, first=number, num_rows=1) for span in shard.spans for number in span.rows]
+        asked = [_asked()[span.first][1] for span in spans]
+        rows = bare([InputRow(row.sample_id, row.source) for row in asked], text_fields(self.config))
+        return Outline(whole(rows, shard), tuple(spans))
+
     def read(self, shard: Shard) -> pa.Table:
         """See `Source.read`."""
-        asked = [_asked()[number] for span in shard.spans for number in range(span.first, span.first + span.num_rows)]
+        asked = [_asked()[number] for span in shard.spans for number in span.rows]
         pictures = _pictures(sorted({scene for scene, _ in asked}))
         rows = [dataclasses.replace(row, image=pictures[scene]) for scene, row in asked]
         return whole(to_table(rows, text_fields(self.config)), shard)

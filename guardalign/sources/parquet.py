@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 from guardalign.config import InputConfig
 from guardalign.errors import InputError
 from guardalign.sources import arrow
-from guardalign.sources.contract import Plan, Shard, Span
+from guardalign.sources.contract import Outline, Plan, Shard, Span
 from guardalign.sources.damage import FromStore, StoreError, is_damage
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files, open_input
 from guardalign.sources.left_out import LeftOut, note_of_left_out
 from guardalign.sources.magic import LONGEST, refuse_compressed
 from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
 from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, notes_of_absent, refuse_empty
-from guardalign.sources.rows import InputRow, checked, location, whole
+from guardalign.sources.rows import InputRow, bare, checked, location, whole
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _PICTURE_ROWS = 32
@@ -124,15 +124,22 @@ class ParquetSource:
 
     def _lost(self, parquet: pq.ParquetFile, piece: _Piece, id_column: str | None, name: str) -> pa.Table:
         """Error rows under the ids that the plan knows."""
-        places = [location(name, number) for number in range(piece.first, piece.stop)]
         fields = arrow.passthrough_fields(parquet.schema_arrow, self.config.passthrough)
-        if id_column is None:
-            return arrow.lost_table(places, places, fields)
-        with _planning(name, "ids"):
-            cells = pa.concat_tables(_batches(parquet, piece, [id_column]))
-            if cells.num_rows < len(places):
-                raise pa.ArrowInvalid("too few ids")
-            return arrow.lost_table(list(arrow.ids(cells, id_column, places)), places, fields)
+        return arrow.lost_table(*_named(parquet, piece, id_column, name), fields)
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        tables = [table for span in shard.spans for table in self._outline_of(span)]
+        each = [dataclasses.replace(span, first=number, num_rows=1) for span in shard.spans for number in span.rows]
+        return Outline(whole(pa.concat_tables(tables, promote_options="permissive"), shard), tuple(each))
+
+    def _outline_of(self, span: Span) -> Iterator[pa.Table]:
+        with _opened(span.uri, span.name) as parquet:
+            id_column = find_columns(self.config, parquet.schema_arrow.names, span.name).sample_id
+            fields = arrow.passthrough_fields(parquet.schema_arrow, self.config.passthrough)
+            for piece in _pieces(parquet.metadata, span):
+                pairs = zip(*_named(parquet, piece, id_column, span.name), strict=True)
+                yield bare([InputRow(*pair) for pair in pairs], fields)
 
 
 def image_root(config: InputConfig, uri: str, name: str) -> ImageRoot:
@@ -205,6 +212,20 @@ def _batches(parquet: pq.ParquetFile, piece: _Piece, names: Sequence[str]) -> It
         position += batch.num_rows
         if position >= piece.stop:
             return
+
+
+def _named(
+    parquet: pq.ParquetFile, piece: _Piece, id_column: str | None, name: str
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Ids and places of the piece's rows."""
+    places = [location(name, number) for number in range(piece.first, piece.stop)]
+    if id_column is None:
+        return places, places
+    with _planning(name, "ids"):
+        cells = pa.concat_tables(_batches(parquet, piece, [id_column]))
+        if cells.num_rows < len(places):
+            raise pa.ArrowInvalid("too few ids")
+        return list(arrow.ids(cells, id_column, places)), places
 
 
 @contextmanager

@@ -78,6 +78,14 @@ def to_table(rows: Sequence[InputRow], fields: Sequence[pa.Field]) -> pa.Table:
     return pa.table(columns, schema=pa.schema([*INPUT_SCHEMA, *fields]))
 
 
+def bare(rows: Sequence[InputRow], fields: Sequence[pa.Field]) -> pa.Table:
+    """The rows as `INPUT_SCHEMA`, with nulls in the passed-through columns `fields`, whatever their types."""
+    table = to_table(rows, ())
+    for field in fields:
+        table = table.append_column(field, pa.nulls(len(rows), field.type))
+    return table
+
+
 def whole(table: pa.Table, shard: Shard) -> pa.Table:
     """`table`, once it has the rows that were planned."""
     if table.num_rows != shard.num_rows:

@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from guardalign.config import InputConfig
 from guardalign.errors import RowError
-from guardalign.sources.contract import Plan, Shard
+from guardalign.sources.contract import Outline, Plan, Shard, Span
 from guardalign.sources.files import ListedFile, absolute, folder_of, list_files
 from guardalign.sources.left_out import LeftOut, note_of_left_out
 from guardalign.sources.pictures import ImageRoot, PictureCensus, note_of_unnamed, web_limits, with_pictures
 from guardalign.sources.planning import IdLedger, ShardCutter, find_columns, notes_of_absent, refuse_empty, text_fields
 from guardalign.sources.records import Record, csv_records, jsonl_records
-from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
+from guardalign.sources.rows import InputRow, bare, checked, failed, location, to_table, whole
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,16 @@ class TableSource:
             records = self.records(span.uri, span.name, span.first, span.offset)
             rows += with_pictures([self.row(record) for record in islice(records, span.num_rows)], root)
         return whole(to_table(rows, text_fields(self.config)), shard)
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        rows, spans = [], []
+        for span in shard.spans:
+            for record in islice(self.records(span.uri, span.name, span.first, span.offset), span.num_rows):
+                row = self.row(record)
+                rows.append(InputRow(row.sample_id, row.source))
+                spans.append(Span(span.uri, span.name, record.number, 1, record.offset))
+        return Outline(whole(bare(rows, text_fields(self.config)), shard), tuple(spans))
 
 
 def union(present: Mapping[str, Mapping[str, None]]) -> Mapping[str, None]:

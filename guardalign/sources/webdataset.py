@@ -22,14 +22,14 @@ import pyarrow as pa
 
 from guardalign.config import InputConfig
 from guardalign.errors import InputError, RowError
-from guardalign.sources.contract import Plan, Shard
+from guardalign.sources.contract import Outline, Plan, Shard, Span
 from guardalign.sources.files import ListedFile, list_files, open_input, printable
 from guardalign.sources.left_out import LeftOut, note_of_left_out
 from guardalign.sources.magic import LONGEST, refuse_compressed
 from guardalign.sources.members import MemberCensus, pictures_among
 from guardalign.sources.planning import URLS, IdLedger, ShardCutter, find_columns, named, refuse_empty, text_fields
 from guardalign.sources.records import LONGEST_LINE, json_object
-from guardalign.sources.rows import InputRow, checked, failed, location, to_table, whole
+from guardalign.sources.rows import InputRow, bare, checked, failed, location, to_table, whole
 from guardalign.sources.tables import as_text
 
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
@@ -145,6 +145,18 @@ class WebdatasetSource:
                 for sample in islice(_samples(opened, span.name), span.num_rows):
                     rows.append(self._with_picture(self._words(span.name, sample)[0], sample))
         return whole(to_table(rows, text_fields(self.config)), shard)
+
+    def outline(self, shard: Shard) -> Outline:
+        """See `Source.outline`."""
+        rows, spans = [], []
+        for span in shard.spans:
+            with open_input(span.uri, span.name) as opened:
+                opened.seek(span.offset)
+                for number, sample in zip(span.rows, _samples(opened, span.name), strict=False):
+                    row, _ = self._words(span.name, sample)
+                    rows.append(InputRow(row.sample_id, row.source))
+                    spans.append(Span(span.uri, span.name, number, 1, sample.offset))
+        return Outline(whole(bare(rows, text_fields(self.config)), shard), tuple(spans))
 
     def _words(self, file_name: str, sample: _TarSample) -> tuple[InputRow, Mapping[str, Any]]:
         """The sample's row without its picture, and the fields of its .json."""

@@ -22,6 +22,7 @@ from guardalign.audit import Prepared, prepare, reconcile
 from guardalign.config import AuditConfig, Choice, Dtype
 from guardalign.errors import ConfigError, InputError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, science
+from guardalign.journal import MOST_ALONE
 from guardalign.pipeline import Stage, steps
 from guardalign.reading import read_shard
 from guardalign.receipts import Receipt
@@ -152,7 +153,7 @@ def recomputed(
         order = random.permutation(len(some))
         stored = _taken(some, lambda shard: folder.read_table(shard_name(shard))).take(order)
         with fetching_only(stored["sample_id"].to_pylist()) as fetching:
-            begun = _taken(some, lambda shard: read_shard(work.prepared.source, work.prepared.plan.shards[shard]))
+            begun = _taken(some, lambda shard: _read(folder, work.prepared, shard))
         begun = begun.take(order)
         same = _same_pictures(stored, begun, fetching.fetched)
         changed += stored.filter(pc.invert(same))["sample_id"].to_pylist()
@@ -161,6 +162,13 @@ def recomputed(
             continue
         done = reduce(lambda table, stage: stage(table), stages, begun.combine_chunks())
         yield stored, to_result(done, schema)
+
+
+def _read(folder: RunFolder, prepared: Prepared, shard: int) -> pa.Table:
+    """A shard's rows, but for those that ended whoever read them."""
+    kinds = folder.read_table(shard_name(shard), ["error_stage", "error_kind"]).to_pylist()
+    ended = [at for at, row in enumerate(kinds) if tuple(row.values()) == ("read", "killed_worker")]
+    return read_shard(prepared.source, prepared.plan.shards[shard], dict.fromkeys(ended, MOST_ALONE))
 
 
 def _same_pictures(stored: pa.Table, begun: pa.Table, from_web: Collection[str]) -> pa.Array:

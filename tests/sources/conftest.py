@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from guardalign.config import InputConfig
 from guardalign.errors import ERROR_KINDS
-from guardalign.sources import INPUT_SCHEMA, Plan, make_source
+from guardalign.sources import INPUT_SCHEMA, Plan, Shard, Source, make_source
 
 Rows = list[dict[str, Any]]
 ReadAll = Callable[..., tuple[Plan, Rows]]
@@ -47,12 +48,25 @@ def read_all() -> ReadAll:
             assert table.schema.types == [*INPUT_SCHEMA.types, *(field.type for field in plan.passthrough_fields)]
             assert (shard.index, shard.num_rows) == (index, table.num_rows)
             rows += table.to_pylist()
+            if not config.allow_urls:  # whom it asks is counted
+                assert_outlined(worker, shard, table)
         assert len(rows) == plan.num_rows
         assert all(row["error_kind"] in (None, *ERROR_KINDS) for row in rows)
         assert all((row["error"] is None) == (row["error_kind"] is None) for row in rows)
         return plan, rows
 
     return read
+
+
+def assert_outlined(source: Source, shard: Shard, table: pa.Table) -> None:
+    """Every row has its name and place unread, and can be read alone."""
+    outline = source.outline(shard)
+    assert outline.rows.schema.equals(table.schema)
+    known, nothing = outline.rows.select(["sample_id", "source"]), outline.rows.drop_columns(["sample_id", "source"])
+    assert known.equals(table.select(["sample_id", "source"]))
+    assert all(column.null_count == table.num_rows for column in nothing.columns)
+    alone = [source.read(Shard(shard.index, 1, (span,))) for span in outline.spans]
+    assert pa.concat_tables(alone).equals(table)
 
 
 @pytest.fixture
