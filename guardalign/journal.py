@@ -4,10 +4,10 @@
 
 Most rows that kill are found by the watcher (`supervision.py`), whom they do not reach. Some do: a row that fills a
 machine makes Ray stop the watcher, or the whole node; without `cluster.isolated` a row kills the very process that
-works on it; nobody watches whoever reads. After three such deaths each row of the shard is tried alone, its name written down before; one that was
-written down at two deaths is given up. So deaths from outside cost work and no row, unless five of them hit one shard,
-two of these one row tried alone. Where the driver outlives its workers only deaths of one run count: whoever kills the
-driver, or interrupts it, says nothing of rows. Whoever raises is not dead.
+works on it; nobody watches whoever reads. After three such deaths each row of the shard is tried alone, its name
+written down before; one that was written down at two deaths is given up. So deaths from outside cost work and no row,
+unless five of them hit one shard, two of these one row tried alone. Where the driver outlives its workers only deaths
+of one run count: whoever kills the driver, or interrupts it, says nothing of rows. Whoever raises is not dead.
 
 Knows nothing of workers, models or Ray.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import ClassVar
@@ -21,21 +20,17 @@ from guardalign.config import InputConfig
 from guardalign.errors import InputError
 from guardalign.sources import arrow
 from guardalign.sources.contract import Outline, Plan, Shard, Span
-from guardalign.sources.damage import FromStore, StoreError, is_damage
-from guardalign.sources.files import ListedFile, absolute, folder_of, list_files, open_input
+from guardalign.sources.damage import is_damage
+from guardalign.sources.files import ListedFile, absolute, folder_of, list_files
 from guardalign.sources.left_out import LeftOut, note_of_left_out
-from guardalign.sources.magic import LONGEST, refuse_compressed
+from guardalign.sources.parquet_files import PICTURE_ROWS, Piece, batches_of, names_of, opened, pieces_of, planning
 from guardalign.sources.pictures import ImageRoot, PictureCensus, web_limits
 from guardalign.sources.planning import Columns, IdLedger, ShardCutter, find_columns, notes_of_absent, refuse_empty
 from guardalign.sources.rows import InputRow, bare, checked, location, whole
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
-_PICTURE_ROWS = 32
-"""Rows with pictures that are decoded at a time."""
 _TEXT_ROWS = 10_000
 """Rows without pictures that are decoded at a time."""
-_BUFFER = 2**20
-"""Compressed bytes held of each column, instead of its whole chunk. [bytes]"""
 _SMALL = 2**20
 """A row group of at most so many bytes is read whole to learn which of its pictures are files. [bytes]"""
 _LOOK = 8
@@ -69,7 +64,7 @@ class ParquetSource:
             left = None if limit is None else limit - survey.cutter.num_rows
             if left == 0:
                 break
-            with _opened(file.uri, file.name) as parquet:
+            with opened(file.uri, file.name) as parquet:
                 survey.add(file, parquet, left)
         refuse_empty(self.config, survey.cutter.num_rows)
         survey.ledger.refuse_duplicates(lambda: self._ids(listed, limit))
@@ -88,11 +83,11 @@ class ParquetSource:
         return whole(pa.concat_tables(tables, promote_options="permissive").combine_chunks(), shard)
 
     def _read_span(self, span: Span) -> Iterator[pa.Table]:
-        with _opened(span.uri, span.name) as parquet:
-            for piece in _pieces(parquet.metadata, span):
+        with opened(span.uri, span.name) as parquet:
+            for piece in pieces_of(parquet.metadata, span):
                 yield from self._read_piece(parquet, piece, span)
 
-    def _read_piece(self, parquet: pq.ParquetFile, piece: _Piece, span: Span) -> Iterator[pa.Table]:
+    def _read_piece(self, parquet: pq.ParquetFile, piece: Piece, span: Span) -> Iterator[pa.Table]:
         """The piece's rows; those that cannot be decoded are error rows, their neighbours in other groups are not."""
         root = image_root(self.config, span.uri, span.name)
         columns = find_columns(self.config, parquet.schema_arrow.names, span.name)
@@ -104,9 +99,9 @@ class ParquetSource:
             rest = dataclasses.replace(piece, first=done)
             yield self._lost(parquet, rest, columns.sample_id, span.name)
 
-    def _decoded(self, parquet: pq.ParquetFile, piece: _Piece, columns: Columns, name: str) -> Iterator[arrow.Cells]:
+    def _decoded(self, parquet: pq.ParquetFile, piece: Piece, columns: Columns, name: str) -> Iterator[arrow.Cells]:
         """The piece's rows up to the first ones that cannot be decoded; no picture file is read here."""
-        batches = _batches(parquet, piece, _needed(self.config, columns))
+        batches = batches_of(parquet, piece, _needed(self.config, columns))
         done = piece.first
         while True:
             try:
@@ -122,10 +117,10 @@ class ParquetSource:
             yield cells
             done += batch.num_rows
 
-    def _lost(self, parquet: pq.ParquetFile, piece: _Piece, id_column: str | None, name: str) -> pa.Table:
+    def _lost(self, parquet: pq.ParquetFile, piece: Piece, id_column: str | None, name: str) -> pa.Table:
         """Error rows under the ids that the plan knows."""
         fields = arrow.passthrough_fields(parquet.schema_arrow, self.config.passthrough)
-        return arrow.lost_table(*_named(parquet, piece, id_column, name), fields)
+        return arrow.lost_table(*names_of(parquet, piece, id_column, name), fields)
 
     def outline(self, shard: Shard) -> Outline:
         """See `Source.outline`."""
@@ -134,11 +129,11 @@ class ParquetSource:
         return Outline(whole(pa.concat_tables(tables, promote_options="permissive"), shard), tuple(each))
 
     def _outline_of(self, span: Span) -> Iterator[pa.Table]:
-        with _opened(span.uri, span.name) as parquet:
+        with opened(span.uri, span.name) as parquet:
             id_column = find_columns(self.config, parquet.schema_arrow.names, span.name).sample_id
             fields = arrow.passthrough_fields(parquet.schema_arrow, self.config.passthrough)
-            for piece in _pieces(parquet.metadata, span):
-                pairs = zip(*_named(parquet, piece, id_column, span.name), strict=True)
+            for piece in pieces_of(parquet.metadata, span):
+                pairs = zip(*names_of(parquet, piece, id_column, span.name), strict=True)
                 yield bare([InputRow(*pair) for pair in pairs], fields)
 
 
@@ -149,94 +144,9 @@ def image_root(config: InputConfig, uri: str, name: str) -> ImageRoot:
     return ImageRoot(folder_of(uri), name.rpartition("/")[0], web=web_limits(config))
 
 
-@contextmanager
-def _opened(uri: str, name: str) -> Iterator[pq.ParquetFile]:
-    """The file, whose reads raise `StoreError` where its store fails, and nothing else does."""
-    with open_input(uri, name) as file:
-        try:
-            parquet = pq.ParquetFile(FromStore(file, name), buffer_size=_BUFFER, pre_buffer=False)
-        except UnicodeDecodeError:
-            raise InputError(f"{name} is damaged: the name of a column is no UTF-8") from None
-        except StoreError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            file.seek(0)
-            refuse_compressed(file.read(LONGEST), name)
-            reason = "it may be only partly written" if "Parquet" in str(error) else str(error).splitlines()[0]
-            raise InputError(f"{name} is no complete Parquet file: {reason}") from error
-        _refuse_senseless(parquet.metadata, name)
-        yield parquet
-
-
-def _refuse_senseless(metadata: pq.FileMetaData, name: str) -> None:
-    """Rows that are in no row group, or in one that has fewer than none, cannot be planned."""
-    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-        raise InputError(f"{name} is damaged: its row groups do not add up to its rows")
-
-
 def _needed(config: InputConfig, columns: Columns) -> list[str]:
     wanted = (columns.prompt, columns.image, columns.sample_id, columns.category, columns.label, *config.passthrough)
     return list(dict.fromkeys(column for column in wanted if column is not None))
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Rows `first` .. `stop - 1` of a file, which stand in one row group."""
-
-    group: int
-    offset: int
-    """number of the group's first row in the file"""
-    first: int
-    stop: int
-
-
-def _pieces(metadata: pq.FileMetaData, span: Span) -> Iterator[_Piece]:
-    """The row groups that hold the span, each with the rows wanted of it."""
-    offset = 0
-    for group in range(metadata.num_row_groups):
-        after = offset + metadata.row_group(group).num_rows
-        first, stop = max(span.first, offset), min(span.first + span.num_rows, after)
-        if first < stop:
-            yield _Piece(group, offset, first, stop)
-        offset = after
-
-
-def _batches(parquet: pq.ParquetFile, piece: _Piece, names: Sequence[str]) -> Iterator[pa.Table]:
-    """The piece's rows in order; other row groups are not touched."""
-    position = piece.offset
-    for batch in parquet.iter_batches(_PICTURE_ROWS, row_groups=[piece.group], columns=list(names), use_threads=False):
-        start, stop = max(piece.first, position), min(piece.stop, position + batch.num_rows)
-        if start < stop:
-            yield pa.table(batch.slice(start - position, stop - start)).select(list(names))
-        position += batch.num_rows
-        if position >= piece.stop:
-            return
-
-
-def _named(
-    parquet: pq.ParquetFile, piece: _Piece, id_column: str | None, name: str
-) -> tuple[Sequence[str], Sequence[str]]:
-    """Ids and places of the piece's rows."""
-    places = [location(name, number) for number in range(piece.first, piece.stop)]
-    if id_column is None:
-        return places, places
-    with _planning(name, "ids"):
-        cells = pa.concat_tables(_batches(parquet, piece, [id_column]))
-        if cells.num_rows < len(places):
-            raise pa.ArrowInvalid("too few ids")
-        return list(arrow.ids(cells, id_column, places)), places
-
-
-@contextmanager
-def _planning(name: str, what: str) -> Iterator[None]:
-    """`InputError` where pages that the plan rests on cannot be decoded; Arrow's own words may quote them."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if not is_damage(error):
-            raise
-        raise InputError(f"{name} is damaged: its {what} cannot be decoded") from error
 
 
 def _refuse_too_many(num_rows: int, file: ListedFile) -> None:
@@ -270,13 +180,13 @@ class _Survey:
         self._slow += self._note_of_groups(parquet.metadata, file.name)
         self._check_ids(columns, file.name)
         if columns.sample_id is not None:
-            with _planning(file.name, "ids"):
+            with planning(file.name, "ids"):
                 for sample_id, _ in islice(_ids_of(self._config, file), num_rows):
                     self.ledger.add(sample_id)
         if columns.image is not None and arrow.may_refer(schema.field(columns.image).type):
             self.census.expect()
         root = image_root(self._config, file.uri, file.name)
-        with _planning(file.name, "picture paths"):
+        with planning(file.name, "picture paths"):
             for reference in islice(_references(parquet, columns.image), num_rows):
                 self.census.add(root, checked(InputRow("", "", image_reference=reference)))
 
@@ -313,7 +223,7 @@ class _Survey:
 
 def _ids_of(config: InputConfig, file: ListedFile) -> Iterator[tuple[str, str]]:
     """Id and place of each row, where the file has an id column."""
-    with _opened(file.uri, file.name) as parquet:
+    with opened(file.uri, file.name) as parquet:
         column = find_columns(config, parquet.schema_arrow.names, file.name).sample_id
         if column is None:
             return
@@ -349,7 +259,7 @@ def _references_of_group(parquet: pq.ParquetFile, group: int, image: str) -> Ite
     try:
         if rows.total_byte_size <= _SMALL or _lacks_bytes(parquet, group, image):
             names = [f"{image}.bytes", f"{image}.path"]
-            for batch in parquet.iter_batches(_PICTURE_ROWS, row_groups=[group], columns=names, use_threads=False):
+            for batch in parquet.iter_batches(PICTURE_ROWS, row_groups=[group], columns=names, use_threads=False):
                 yield from arrow.pictures(pa.table(batch)[image])[1]
                 done += batch.num_rows
     except (pa.ArrowException, OSError) as error:
