@@ -11,7 +11,6 @@ import atexit
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final, NoReturn, TextIO
 
 UNSAID: Final = 2
@@ -21,15 +20,13 @@ UNSAID: Final = 2
 def to_the_end(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and ends this process with the exit code that it returns, None being 0.
 
-    Threads that are no daemons are awaited and exit handlers run, as ever. An exception ends the process as Python
-    would.
+    Threads that are no daemons are awaited and exit handlers run, as ever, but for those that were registered before
+    this module was imported: import it before what computes. An exception ends the process as Python would.
     """
-    end = _End()
-    atexit.register(end)  # before whoever is imported later registers his: runs after theirs
     try:
         sys.exit(main())
     except SystemExit as last:
-        end.code = 0 if last.code is None else last.code if isinstance(last.code, int) else 1
+        _END.code = 0 if last.code is None else last.code if isinstance(last.code, int) else 1
         raise
 
 
@@ -42,12 +39,16 @@ class _End:
     def __call__(self) -> None:
         if self.code is None:
             return
-        unsaid = _unsaid(sys.stdout)
-        with suppress(OSError, ValueError):
-            if unsaid and self.code != UNSAID:  # whoever ends so has told it
-                print(f"guardalign: standard output: {unsaid}", file=sys.stderr)
-            sys.stderr.flush()
-        os._exit(UNSAID if unsaid else self.code)
+        code = self.code
+        try:
+            if unsaid := _unsaid(sys.stdout):
+                code = UNSAID
+            if sys.stderr is not None:
+                if unsaid and self.code != UNSAID:  # whoever ends so has told it
+                    print(f"guardalign: standard output: {unsaid}", file=sys.stderr)
+                sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def _unsaid(stream: TextIO | None) -> str | None:
@@ -60,3 +61,7 @@ def _unsaid(stream: TextIO | None) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+_END: Final = _End()
+atexit.register(_END)  # here, before whoever is imported later registers his: runs after theirs

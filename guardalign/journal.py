@@ -69,7 +69,8 @@ class Journal:
 
     def __init__(self, out: str, pool: str, run: str | None) -> None:
         self.folder, self.pool, self.run = RunFolder(out), pool, run
-        self._open: str | None = None
+        self._name = ""
+        """file of the shard at hand"""
 
     def through(self, work: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
         """`work(table)`, written down while it lasts; rows that have ended whoever worked on them are given up."""
@@ -81,53 +82,57 @@ class Journal:
 
     @contextmanager
     def begun(self, shard: int) -> Iterator[Entry]:
-        """What is known of the shard, once more begun; forgotten at the end, unless that is a death."""
-        name = f"{FOLDER}/{self.pool}-{shard:06d}.json"
-        try:
-            yield self._begun(name)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """The shard at hand has ended, or was put down in good order."""
-        if self._open is not None:
-            self.folder.remove(self._open)
-            self._open = None
-
-    def _begun(self, name: str) -> Entry:
-        self._open = name
-        entry = self._read(name)
-        if entry.run != self.run:
-            entry = Entry(self.run)
+        """What is known of the shard, once more begun; forgotten when it has ended. Who raises has not begun it."""
+        self._name = f"{FOLDER}/{self.pool}-{shard:06d}.json"
+        entry = self._known()
         entry.begun += 1
+        try:
+            self._write(entry)
+            yield entry
+        except BaseException:
+            self._put_back(entry)
+            raise
+        self.folder.remove(self._name)
+
+    def _put_back(self, entry: Entry) -> None:
+        """As it was before: deaths are not forgotten."""
+        entry.begun, entry.row = entry.begun - 1, None
+        if entry.begun:
+            self._write(entry)
+        else:
+            self.folder.remove(self._name)
+
+    def _known(self) -> Entry:
+        """The shard's entry; whoever wrote a row down and did not take it back has died over it."""
+        entry = self._read()
+        if entry.run != self.run:
+            return Entry(self.run)
         if entry.row is not None:
             entry.deaths[entry.row] = entry.deaths.get(entry.row, 0) + 1
             entry.row = None
-        self._write(name, entry)
         return entry
 
     def try_rows(
         self, entry: Entry, sample_ids: Sequence[str], errors: Sequence[str | None], work: Callable[[int], object]
     ) -> None:
         """`work` on the place of every row alone, for what becomes of us; what becomes of the row is thrown away."""
-        assert self._open is not None, "no shard is begun"
         for at, (sample_id, error) in enumerate(zip(sample_ids, errors, strict=True)):
             if error is None and sample_id not in entry.passed and not entry.gives_up(sample_id):
                 entry.row = sample_id
-                self._write(self._open, entry)
+                self._write(entry)
                 work(at)
                 entry.passed.append(sample_id)
         entry.row = None
-        self._write(self._open, entry)
+        self._write(entry)
 
-    def _read(self, name: str) -> Entry:
+    def _read(self) -> Entry:
         try:
-            return Entry(**self.folder.read_json(name)) if self.folder.exists(name) else Entry()
+            return Entry(**self.folder.read_json(self._name)) if self.folder.exists(self._name) else Entry()
         except (ResumeError, TypeError):  # half a death's note is none
             return Entry()
 
-    def _write(self, name: str, entry: Entry) -> None:
-        self.folder.write_json(name, asdict(entry))
+    def _write(self, entry: Entry) -> None:
+        self.folder.write_json(self._name, asdict(entry))
 
 
 def _cells(table: pa.Table, *names: str) -> list[Sequence[Any]]:

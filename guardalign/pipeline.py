@@ -144,7 +144,6 @@ def run_locally(
             yield writer.commit(journal.through(work, read_noted(source, shard, reads)))
     finally:
         work.stop()
-        journal.close()
 
 
 def run_on_ray(

@@ -10,6 +10,7 @@ import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -17,21 +18,25 @@ import pyarrow as pa
 from guardalign.errors import InputError, UserError
 from guardalign.faults import reach, strike
 from guardalign.guard import Failure
-from guardalign.journal import MOST_DEATHS, Journal
+from guardalign.journal import MOST_DEATHS, Entry, Journal
 from guardalign.schema import IMAGE, PLANNED, with_columns
 from guardalign.sources import Shard, Source, Span
+from guardalign.sources.rows import picked
 from guardalign.supervision import as_table
 from guardalign.working import give_up
 
+MOST_GIVEN_UP: Final = 4
+"""rows of a shard that end whoever reads them, before the rest of it is not tried"""
 
-def read_shard(source: Source, shard: Shard, deaths: Mapping[int, int] | None = None) -> pa.Table:
+
+def read_shard(source: Source, shard: Shard, lost: Mapping[int, str] | None = None) -> pa.Table:
     """A shard's rows as the first working table.
 
-    `deaths` tells, by position, how often a row has ended whoever read it: such rows are error rows, and not touched.
+    `lost` says, by position, what became of rows that end whoever reads them: they are error rows, and not touched.
     """
     reach("read.shard")
     rows = shard.num_rows
-    table = _read_but(source, shard, deaths) if deaths else _read(source, shard)
+    table = _read_but(source, shard, lost) if lost else _read(source, shard)
     assert table.num_rows == rows, f"shard {shard.index}: {table.num_rows} rows, {rows} planned"
     return admit(with_columns(table, {"shard": [shard.index] * rows, PLANNED: [rows] * rows}))
 
@@ -39,8 +44,9 @@ def read_shard(source: Source, shard: Shard, deaths: Mapping[int, int] | None = 
 def read_noted(source: Source, shard: Shard, journal: Journal) -> pa.Table:
     """`read_shard`, written down in OUT's journal while it lasts: a row may end whoever reads it.
 
-    After three such deaths every row is read alone, and one that ends two more readers is an error row. Where no row
-    alone explains them, `InputError` names the shard's place: Ray would repeat the read for ever.
+    After three such deaths every row is read alone, and one that ends two more readers is an error row. After four such
+    rows those that were not tried yet are error rows, too: in some formats a row cannot be read without what stands
+    before it. Where no row alone explains the deaths, `InputError` names the place: Ray would read it for ever.
     """
     with journal.begun(shard.index) as entry:
         if not entry.is_to_be_tried:
@@ -48,11 +54,12 @@ def read_noted(source: Source, shard: Shard, journal: Journal) -> pa.Table:
         if entry.unexplained >= MOST_DEATHS:
             raise _deadly(shard, entry.begun - 1)
         outline = source.outline(shard)
-        sample_ids = outline.rows["sample_id"].to_pylist()
-        alone = [Shard(shard.index, 1, (span,)) for span in outline.spans]
-        journal.try_rows(entry, sample_ids, [None] * len(sample_ids), lambda at: _read(source, alone[at]))
-        given_up = {at: entry.deaths[name] for at, name in enumerate(sample_ids) if entry.gives_up(name)}
-        return read_shard(source, shard, given_up)
+        names = outline.rows["sample_id"].to_pylist()
+        if sum(entry.gives_up(name) for name in names) < MOST_GIVEN_UP:
+            alone = [Shard(shard.index, 1, (span,)) for span in outline.spans]
+            journal.try_rows(entry, names, [None] * len(names), lambda at: _read(source, alone[at]))
+        lost = {at: _end_of(name, entry) for at, name in enumerate(names) if name not in entry.passed}
+        return read_shard(source, shard, lost)
 
 
 def read_task(source: Source, out: str, run: str, batch: pa.Table) -> pa.Table:
@@ -66,20 +73,23 @@ def read_task(source: Source, out: str, run: str, batch: pa.Table) -> pa.Table:
         return as_table(problem)
 
 
-def _read_but(source: Source, shard: Shard, deaths: Mapping[int, int]) -> pa.Table:
-    """The shard's rows, those with deaths as error rows."""
+def _end_of(name: str, entry: Entry) -> str:
+    """What is said of a row that was given up."""
+    if entry.gives_up(name):
+        return f"sample {name} ended whoever read it {entry.deaths[name]} times"
+    return f"sample {name} was not read: {MOST_GIVEN_UP} rows before it ended whoever read them"
+
+
+def _read_but(source: Source, shard: Shard, lost: Mapping[int, str]) -> pa.Table:
+    """The shard's rows, those that are lost as error rows."""
     outline = source.outline(shard)
-    kept = [at for at in range(shard.num_rows) if at not in deaths]
-    lost = outline.rows.take(pa.array(deaths, pa.int64()))
-    sentences = [
-        f"sample {name} ended whoever read it {times} times"
-        for name, times in zip(lost["sample_id"].to_pylist(), deaths.values(), strict=True)
-    ]
-    tables = [with_columns(lost, {"error": sentences, "error_kind": ["killed_worker"] * len(deaths)})]
+    kept = [at for at in range(shard.num_rows) if at not in lost]
+    cells = {"error": list(lost.values()), "error_kind": ["killed_worker"] * len(lost)}
+    tables = [with_columns(picked(outline.rows, list(lost)), cells)]
     if kept:
         tables.append(_read(source, _part(shard, [outline.spans[at] for at in kept])))
     found = pa.concat_tables(tables, promote_options="permissive")
-    return found.take(np.argsort([*deaths, *kept])).combine_chunks()
+    return picked(found, np.argsort([*lost, *kept]).tolist())
 
 
 def _read(source: Source, shard: Shard) -> pa.Table:

@@ -16,7 +16,6 @@ from guardalign.bench.detection import detect_stage, transport
 from guardalign.bench.generation import calibrated_decoding, defended_audit, generate_stage
 from guardalign.bench.memory import peak_memory, worker_memory
 from guardalign.bench.ratios import as_json, measure, table
-from guardalign.ending import to_the_end
 from guardalign.models import hide_progress_bars
 
 
@@ -44,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    to_the_end(main)
+    main()

@@ -6,13 +6,13 @@ In: nothing. Out: time a sample by defense, split into prefill, decode, contrast
 """
 
 import argparse
+import sys
 
 import torch
 
 from guardalign.bench.defenses import LOAD, contrast_bound, defense_costs, label_bound, table
 from guardalign.bench.ratios import measure
 from guardalign.bench.ratios import table as ratios
-from guardalign.ending import to_the_end
 from guardalign.models import hide_progress_bars
 
 
@@ -33,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    to_the_end(main)
+    sys.exit(main())

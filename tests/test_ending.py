@@ -51,6 +51,11 @@ def test_a_native_thread_at_work_does_not_change_the_exit_code() -> None:
     assert ended(code, imports=A_READ_THAT_IS_NOT_OVER) == (3, "done\n", "")
 
 
+def test_without_an_error_stream_it_ends_the_same() -> None:
+    code = "sys.stderr = None\nleave_a_native_thread_behind()\nprint('done')\nreturn 3"
+    assert ended(code, imports=f"import sys\n{A_READ_THAT_IS_NOT_OVER}") == (3, "done\n", "")
+
+
 def test_threads_are_awaited_and_handlers_run_before_the_end(tmp_path: Path) -> None:
     code = (
         "import atexit, tempfile, threading, time\n"

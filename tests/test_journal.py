@@ -12,7 +12,7 @@ import pytest
 from runs import audited, committed, forked, rows, run
 
 from guardalign.errors import ModelError
-from guardalign.journal import FOLDER, MOST_DEATHS, Journal
+from guardalign.journal import FOLDER, MOST_DEATHS, Entry, Journal
 from guardalign.schema import with_columns
 
 IDS = ("a", "b", "c", "d")
@@ -33,11 +33,11 @@ def lives(out: Path, deadly: frozenset[str], outside: int = 0, runs: list[str] |
     deaths = 0
 
     class Mortal(Journal):
-        """A process that dies closes nothing."""
+        """A process that dies puts nothing back."""
 
-        def close(self) -> None:
+        def _put_back(self, entry: Entry) -> None:
             if not isinstance(sys.exc_info()[1], DeathError):
-                super().close()
+                super()._put_back(entry)
 
     def work(table: pa.Table) -> pa.Table:
         nonlocal outside
@@ -95,6 +95,23 @@ def test_whoever_raises_is_not_dead(tmp_path: Path) -> None:
     assert not list((tmp_path / FOLDER).iterdir())
     table, _ = lives(tmp_path, frozenset())
     assert table["error"].null_count == len(IDS)
+
+
+def test_whoever_is_interrupted_forgets_no_death(tmp_path: Path) -> None:
+    """Ctrl-C while a row is tried for the second time: it is tried once more, and given up when that ends it, too."""
+
+    def interrupted(table: pa.Table) -> pa.Table:
+        raise KeyboardInterrupt
+
+    name = tmp_path / FOLDER / "generate-000007.json"
+    name.parent.mkdir()
+    name.write_text(json.dumps({"begun": 4, "row": "c", "passed": ["a", "b"]}))
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            Journal(str(tmp_path), "generate", None).through(interrupted, shard())
+    assert json.loads(name.read_text())["deaths"] == {"c": 1}
+    table, deaths = lives(tmp_path, frozenset("c"))
+    assert (deaths, table["error"].null_count) == (1, len(IDS) - 1)
 
 
 def test_a_note_that_death_has_cut_off_is_none(tmp_path: Path) -> None:

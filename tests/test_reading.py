@@ -10,23 +10,25 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from runs import audited, forked, rows, run
 
 from guardalign.audit import prepare
 from guardalign.cli import main
-from guardalign.config import AuditConfig
+from guardalign.config import AuditConfig, InputConfig
 from guardalign.errors import InputError
 from guardalign.faults import VARIABLE
 from guardalign.journal import FOLDER, MOST_DEATHS
 from guardalign.pipeline import run_on_ray
-from guardalign.reading import read_shard, read_task
+from guardalign.reading import MOST_GIVEN_UP, read_shard, read_task
 from guardalign.results import RunFolder, ShardWriter
 from guardalign.schema import result_schema
 from guardalign.settings import load_settings
-from guardalign.sources import Outline, Plan, Shard, Source
+from guardalign.sources import Outline, Plan, Shard, Source, make_source
 from guardalign.supervision import receipt_of
 
 
@@ -83,7 +85,7 @@ def whole() -> tuple[Source, Shard]:
     return prepared.source, prepared.plan.shards[1]
 
 
-@pytest.mark.parametrize("deadly", [{5}, {4, 7}, {4, 5, 6, 7}])
+@pytest.mark.parametrize("deadly", [{5}, {4, 7}, {5, 6, 7}])
 def test_rows_that_end_whoever_reads_them_are_error_rows(
     deadly: set[int], whole: tuple[Source, Shard], tmp_path: Path
 ) -> None:
@@ -100,6 +102,33 @@ def test_rows_that_end_whoever_reads_them_are_error_rows(
         assert (row["error_kind"], row["error_stage"]) == ("killed_worker", "read")
         assert row["error"] == f"sample {row['sample_id']} ended whoever read it 2 times"
     assert not list((tmp_path / FOLDER).iterdir())
+
+
+def test_after_four_such_rows_the_rest_is_not_tried(tmp_path: Path) -> None:
+    """As behind a page that nobody can decode."""
+    prepared = prepare(AuditConfig(shard_rows=16, limit=16))
+    (shard,) = prepared.plan.shards
+    found, deaths = lives(Deadly(prepared.source, frozenset(range(2, 16))), tmp_path, shard)
+    assert deaths == MOST_DEATHS + 2 * MOST_GIVEN_UP
+    errors = found["error"].to_pylist()
+    assert [error is None for error in errors] == [True] * 2 + [False] * 14
+    assert errors[5] == "sample scene-005 ended whoever read it 2 times"
+    assert errors[6] == "sample scene-006 was not read: 4 rows before it ended whoever read them"
+    assert found.slice(0, 2).to_pylist() == read_shard(prepared.source, shard).slice(0, 2).to_pylist()
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.list_(pa.int8()), pa.int64()])
+def test_columns_of_any_type_pass_by_a_lost_row(kind: pa.DataType, tmp_path: Path) -> None:
+    value: Any = [1] if pa.types.is_list(kind) else 1 if pa.types.is_integer(kind) else b"x"
+    column = pa.array([value, value, None], kind)
+    rows = {"sample_id": ["a", "b", "c"], "prompt": ["p", "q", "r"], "extra": column}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    source = make_source(InputConfig("parquet", str(tmp_path), passthrough=["extra"]))
+    (shard,) = source.plan(3, None).shards
+    found = read_shard(source, shard, {1: "lost"})
+    assert found["extra"].to_pylist() == [column[0].as_py(), None, None]
+    assert (found["sample_id"].to_pylist(), found["error"].to_pylist()) == (["a", "b", "c"], [None, "lost", None])
+    assert found.schema.equals(read_shard(source, shard).schema)
 
 
 def test_deaths_from_outside_cost_no_row(whole: tuple[Source, Shard], tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class Expand:
             return with_own_column(table, "detection_seconds", [0.0] * table.num_rows), 0.0
         found = self._found(table, view.detector)
         spent = [each["detect_seconds"] or 0.0 for each in found["timings"].to_pylist()]
-        table = with_columns(table, {name: found[name].to_pylist() for name in _DETECTED})
+        table = with_columns(table, _unless_failed(table, {name: found[name].to_pylist() for name in _DETECTED}))
         if view.sanitizer is not None:
             table = Sanitize(view.sanitizer, self.max_image_pixels)(table)
         seconds = trace_of(table).seconds.get("sanitize", 0.0)
@@ -164,6 +164,16 @@ class Expand:
         wanted = table["sample_id"].to_pylist()  # all of the shard, or a row of it that is tried alone
         assert places.keys() >= set(wanted), f"{name} holds other samples"
         return found.take([places[sample_id] for sample_id in wanted])
+
+
+def _unless_failed(table: pa.Table, cells: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The cells, but own ones in rows that could not be read this time: the detector's pass may have read them."""
+    failed = [error is not None for error in table["error"].to_pylist()]
+    kept = {}
+    for name, seen in cells.items():
+        own = table[name].to_pylist() if name in table.column_names else [None] * len(seen)
+        kept[name] = [mine if lost else other for mine, other, lost in zip(own, seen, failed, strict=True)]
+    return kept
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,10 @@ def _is_valid(table: pa.Table) -> bool:
 
 def _without_invalid(rows: list[InputRow], passed: pa.Table) -> tuple[list[InputRow], pa.Table]:
     """Rows whose passed-through cells are broken become error rows with nulls there."""
-    sound = [_is_valid(passed.take([i])) for i in range(passed.num_rows)]
-    passed = passed.take(pa.array([i if good else None for i, good in enumerate(sound)], pa.int64()))
+    each = [passed.slice(at, 1) for at in range(passed.num_rows)]
+    sound = [_is_valid(cells) for cells in each]
+    nothing = pa.table([pa.nulls(1, field.type) for field in passed.schema], names=passed.schema.names)
+    passed = pa.concat_tables([cells if good else nothing for cells, good in zip(each, sound, strict=True)])
     kept = [row if good else _unreadable(row) for row, good in zip(rows, sound, strict=True)]
     return kept, passed
 

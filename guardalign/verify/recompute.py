@@ -15,14 +15,12 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 
 from guardalign.audit import Prepared, prepare, reconcile
 from guardalign.config import AuditConfig, Choice, Dtype
 from guardalign.errors import ConfigError, InputError, RunFailedError
 from guardalign.fingerprint import changed_files, differences, science
-from guardalign.journal import MOST_ALONE
 from guardalign.pipeline import Stage, steps
 from guardalign.reading import read_shard
 from guardalign.receipts import Receipt
@@ -30,6 +28,7 @@ from guardalign.results import RunFolder, shard_name
 from guardalign.schema import result_schema, to_result
 from guardalign.settings import load_settings, refuse_settings
 from guardalign.sources.pictures import fetching_only
+from guardalign.sources.rows import picked
 from guardalign.verify.agreement import GROUPS
 from guardalign.verify.devices import bounds
 from guardalign.verify.sample import Drawn
@@ -150,32 +149,33 @@ def recomputed(
     stages, random = work.stages, np.random.default_rng(seed)
     schema = result_schema(work.prepared.plan.passthrough_fields)
     for some in chunks(drawn.places, config.shard_rows):
-        order = random.permutation(len(some))
-        stored = _taken(some, lambda shard: folder.read_table(shard_name(shard))).take(order)
+        order = random.permutation(len(some)).tolist()
+        stored = picked(_taken(some, lambda shard: folder.read_table(shard_name(shard))), order)
         with fetching_only(stored["sample_id"].to_pylist()) as fetching:
             begun = _taken(some, lambda shard: _read(folder, work.prepared, shard))
-        begun = begun.take(order)
-        same = _same_pictures(stored, begun, fetching.fetched)
-        changed += stored.filter(pc.invert(same))["sample_id"].to_pylist()
-        stored, begun = stored.filter(same), begun.filter(same)
+        begun = picked(begun, order)
+        same = np.array(_same_pictures(stored, begun, fetching.fetched))
+        changed += picked(stored, np.flatnonzero(~same).tolist())["sample_id"].to_pylist()
+        stored, begun = (picked(table, np.flatnonzero(same).tolist()) for table in (stored, begun))
         if not stored.num_rows:
             continue
-        done = reduce(lambda table, stage: stage(table), stages, begun.combine_chunks())
+        done = reduce(lambda table, stage: stage(table), stages, begun)
         yield stored, to_result(done, schema)
 
 
 def _read(folder: RunFolder, prepared: Prepared, shard: int) -> pa.Table:
     """A shard's rows, but for those that ended whoever read them."""
-    kinds = folder.read_table(shard_name(shard), ["error_stage", "error_kind"]).to_pylist()
-    ended = [at for at, row in enumerate(kinds) if tuple(row.values()) == ("read", "killed_worker")]
-    return read_shard(prepared.source, prepared.plan.shards[shard], dict.fromkeys(ended, MOST_ALONE))
+    stored = folder.read_table(shard_name(shard), ["error", "error_stage", "error_kind"]).to_pylist()
+    ended = ("read", "killed_worker")
+    lost = {at: row["error"] for at, row in enumerate(stored) if (row["error_stage"], row["error_kind"]) == ended}
+    return read_shard(prepared.source, prepared.plan.shards[shard], lost)
 
 
-def _same_pictures(stored: pa.Table, begun: pa.Table, from_web: Collection[str]) -> pa.Array:
+def _same_pictures(stored: pa.Table, begun: pa.Table, from_web: Collection[str]) -> list[bool]:
     """By row, False for a picture from the web that is another now, or that cannot be had any more."""
     then, now = stored["image_sha256"].to_pylist(), begun["image_sha256"].to_pylist()
     rows = zip(stored["sample_id"].to_pylist(), then, now, strict=True)
-    return pa.array([sample_id not in from_web or one == other for sample_id, one, other in rows], pa.bool_())
+    return [sample_id not in from_web or one == other for sample_id, one, other in rows]
 
 
 def _taken(places: Sequence[tuple[int, int]], read: Any) -> pa.Table:
@@ -183,5 +183,5 @@ def _taken(places: Sequence[tuple[int, int]], read: Any) -> pa.Table:
     wanted: dict[int, list[int]] = {}
     for shard, position in places:
         wanted.setdefault(shard, []).append(position)
-    parts = [read(shard).take(positions) for shard, positions in wanted.items()]
+    parts = [picked(read(shard), positions) for shard, positions in wanted.items()]
     return pa.concat_tables([part.replace_schema_metadata(None) for part in parts], promote_options="default")

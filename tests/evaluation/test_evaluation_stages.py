@@ -95,6 +95,21 @@ def test_recipes_see_their_own_pictures(scenes: list[bytes], detect: Detect, tmp
     assert set(spent[:num_samples]) == {0.0} and all(each > 0 for each in spent[num_samples:])
 
 
+def test_a_row_that_cannot_be_read_any_more_keeps_its_error(
+    scenes: list[bytes], detect: Detect, tmp_path: Path
+) -> None:
+    """The detector's pass has read it; the answers' pass has not."""
+    table = shard(*scenes)
+    ShardWriter(str(tmp_path), result_schema(), "r", 1).commit(DetectOnce(detect)(table))
+    lost = {"image": None, "prompt": None, "image_sha256": None, "error": "gone", "error_kind": "image_missing"}
+    cells = {name: [value, *table[name].to_pylist()[1:]] for name, value in lost.items()}
+    views = {"masked": View(0, SANITIZERS["mask"]())}
+    found = Expand("m", views, str(tmp_path), 1, MAX_PIXELS)(with_columns(table, cells)).to_pylist()
+    assert (found[0]["error"], found[0]["error_kind"]) == ("gone", "image_missing")
+    assert found[0]["image_score"] is None and found[0]["flagged"] is None
+    assert all(row["error"] is None and row["image_score"] is not None for row in found[1:])
+
+
 @dataclass(frozen=True)
 class Breaks:
     """A defense with a mistake in it."""
