@@ -359,8 +359,8 @@ def test_a_few_random_kills_lose_nothing(engine: str, rounds_of_64: Rounds, tmp_
 @pytest.mark.timeout(1800)
 def test_actors_that_die_between_rename_and_receipt_write_no_shard_twice(rounds_of_64: Rounds, tmp_path: Path) -> None:
     deck = Deck(Random(0))
-    deck.cards = [f"{AT}write.renamed"] * 5
-    due = [Moment(share / 6, 0.0) for share in range(1, 6)]
+    deck.cards = [f"{AT}write.renamed"] * 3
+    due = [Moment(share / 4, 0.0) for share in range(1, 4)]
     wanted = rounds_of_64(tmp_path)
     with scratch() as folder:
         result = Round(Soak(0, tmp_path, 64), 0, "ray", folder, deck, due, wanted).run()

@@ -12,7 +12,7 @@ from runs import run, table
 from guardalign.errors import ERROR_KINDS
 from tests.fuzz.corpus_tables import SECRET, TableCase
 
-AT_LENGTH = int(os.environ.get("GUARDALIGN_FUZZ", "1000"))
+AT_LENGTH = int(os.environ.get("GUARDALIGN_FUZZ", "500"))
 """examples of the long property tests; whoever sets the variable gets others each time"""
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".tar": "webdataset"}
 LONGEST_LINE = 1_000
