@@ -149,7 +149,7 @@ def _without_invalid(rows: list[InputRow], passed: pa.Table) -> tuple[list[Input
     """Rows whose passed-through cells are broken become error rows with nulls there."""
     each = [passed.slice(at, 1) for at in range(passed.num_rows)]
     sound = [_is_valid(cells) for cells in each]
-    nothing = pa.table([pa.nulls(1, field.type) for field in passed.schema], names=passed.schema.names)
+    nothing = pa.table([pa.nulls(1, field.type) for field in passed.schema], schema=passed.schema)
     passed = pa.concat_tables([cells if good else nothing for cells, good in zip(each, sound, strict=True)])
     kept = [row if good else _unreadable(row) for row, good in zip(rows, sound, strict=True)]
     return kept, passed

@@ -154,7 +154,7 @@ def recomputed(
         with fetching_only(stored["sample_id"].to_pylist()) as fetching:
             begun = _taken(some, lambda shard: _read(folder, work.prepared, shard))
         begun = picked(begun, order)
-        same = np.array(_same_pictures(stored, begun, fetching.fetched))
+        same = np.array(_same_pictures(stored, begun, fetching.fetched), bool)
         changed += picked(stored, np.flatnonzero(~same).tolist())["sample_id"].to_pylist()
         stored, begun = (picked(table, np.flatnonzero(same).tolist()) for table in (stored, begun))
         if not stored.num_rows:

@@ -163,6 +163,19 @@ def test_columns_of_a_wrong_type_are_named(tmp_path, column, values, sentence):
         make_source(_config(path)).plan(2, None)
 
 
+@pytest.mark.parametrize("nullable", [True, False])
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view()])
+def test_a_passed_through_cell_that_is_no_utf8_costs_its_row_alone(kind, nullable, tmp_path, read_all):
+    cells = pa.array([b"ok", b"\xff", b"fine"], pa.binary_view() if kind == pa.string_view() else pa.binary()).view(
+        kind
+    )
+    schema = pa.schema([pa.field("prompt", pa.string()), pa.field("extra", kind, nullable=nullable)])
+    pq.write_table(pa.table([pa.array(["p", "q", "r"]), cells], schema=schema), tmp_path / "a.parquet")
+    _, rows = read_all(_config(tmp_path, passthrough=["extra"]))
+    assert [row["extra"] for row in rows] == ["ok", None, "fine"]
+    assert [row["error_kind"] for row in rows] == [None, "row_unreadable", None]
+
+
 def test_passed_through_types_that_differ_between_files_are_named(tmp_path):
     _write(tmp_path / "a.parquet", {"prompt": ["a"], "n": [1]})
     _write(tmp_path / "b.parquet", {"prompt": ["a"], "n": ["1"]})
