@@ -86,13 +86,16 @@ class Journal:
         self._name = f"{FOLDER}/{self.pool}-{shard:06d}.json"
         entry = self._known()
         entry.begun += 1
+        has_ended = False
         try:
             self._write(entry)
             yield entry
-        except BaseException:
-            self._put_back(entry)
-            raise
-        self.folder.remove(self._name)
+            has_ended = True
+        finally:
+            if has_ended:
+                self.folder.remove(self._name)
+            else:
+                self._put_back(entry)
 
     def _put_back(self, entry: Entry) -> None:
         """As it was before: deaths are not forgotten."""

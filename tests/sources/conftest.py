@@ -59,14 +59,15 @@ def read_all() -> ReadAll:
 
 
 def assert_outlined(source: Source, shard: Shard, table: pa.Table) -> None:
-    """Every row has its name and place unread, and can be read alone."""
+    """Every row has its name and place unread, and can be read alone: of a large shard the first ones and the last."""
     outline = source.outline(shard)
     assert outline.rows.schema.equals(table.schema)
     known, nothing = outline.rows.select(["sample_id", "source"]), outline.rows.drop_columns(["sample_id", "source"])
     assert known.equals(table.select(["sample_id", "source"]))
     assert all(column.null_count == table.num_rows for column in nothing.columns)
-    alone = [source.read(Shard(shard.index, 1, (span,))) for span in outline.spans]
-    assert pa.concat_tables(alone).equals(table)
+    some = range(table.num_rows) if table.num_rows < 9 else (0, 1, table.num_rows - 1)
+    for at in some:
+        assert source.read(Shard(shard.index, 1, (outline.spans[at],))).equals(table.slice(at, 1))
 
 
 @pytest.fixture
