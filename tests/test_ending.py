@@ -93,7 +93,7 @@ def test_a_reader_who_has_gone_changes_nothing() -> None:
     [
         (str(Path(sys.executable).with_name("guardalign")), "--version"),
         (sys.executable, "-m", "guardalign.cli", "--version"),
-        (sys.executable, JOBS / "audit.py", "--help"),
+        pytest.param((sys.executable, JOBS / "audit.py", "--help"), marks=pytest.mark.slow),
         (sys.executable, JOBS / "evaluate.py", "--help"),
     ],
 )

@@ -150,7 +150,10 @@ def test_without_harm_isolation_changes_nothing(worker: Any, tmp_path: Path) -> 
     ("harm", "words", "kind", "deaths"),
     [
         ("segfault", "killed the worker 2 times (segmentation fault, SIGSEGV)", "killed_worker", 2),
-        ("exit", "killed the worker 2 times (it ended with exit code 17)", "killed_worker", 2),
+        pytest.param(
+            *("exit", "killed the worker 2 times (it ended with exit code 17)", "killed_worker", 2),
+            marks=pytest.mark.slow,
+        ),
         ("killed", "killed the worker 3 times (killed, SIGKILL)", "killed_worker", 3),
         ("hang", "held the worker 2 times (longer than cluster.shard_seconds (2 s))", "timed_out", 2),
         pytest.param(
@@ -319,7 +322,7 @@ class Expanding:
         return with_trace(with_columns(whole, {PLANNED: [self.times] * self.times}), Trace({}, {"calls": 1}, ("told",)))
 
 
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_stage_that_plans_anew_is_committed_whole_when_done_row_by_row(worker: Any, times: int) -> None:
     found = worker(Expanding(times))(shard())
     assert found.num_rows == times * len(IDS)

@@ -368,6 +368,7 @@ def test_pictures_that_the_web_gives_otherwise_are_told_and_are_not_wrong(from_t
     assert lines[-1].startswith(f"differing  0 of {NUM_PICTURES - 4}")
 
 
+@pytest.mark.slow
 def test_only_pictures_of_drawn_rows_are_fetched(from_the_web: Path, server: Web) -> None:
     assert said(from_the_web, sample=3)[-1].startswith("differing  0 of 3")
     assert 2 <= len(server.asked) <= 3
