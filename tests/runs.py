@@ -34,6 +34,14 @@ def _limit(flags: tuple[object, ...]) -> tuple[str, ...]:
     return () if own_input else ("--limit", str(NUM_ROWS))
 
 
+def assert_only_killer(sample_id: str, out: Path, undisturbed: Path) -> None:
+    """This row killed whoever worked on it; all others answer as they do without it."""
+    found, whole = rows(out), rows(undisturbed)
+    assert found.keys() == whole.keys()
+    assert found.pop(sample_id)["error_kind"] == "killed_worker"
+    assert {name: row["response"] for name, row in found.items()} == {name: whole[name]["response"] for name in found}
+
+
 def table(out: Path) -> pa.Table:
     """All result rows, in the input's order."""
     return pa.concat_tables(pq.read_table(path) for path in sorted((out / "results").glob("*.parquet")))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from runs import audited, committed, forked, rows, run
+from runs import assert_only_killer, audited, committed, forked, run
 
 from guardalign.errors import ModelError
 from guardalign.journal import FOLDER, MOST_DEATHS, Entry, Journal
@@ -132,8 +132,5 @@ def test_a_row_that_kills_the_whole_process_ends_as_an_error_after_some_resumes(
     assert codes == [-signal.SIGSEGV] * 5 + [0]
     assert committed(out) == 2
     assert run(*flags, "--output", tmp_path / "whole") == 0
-    found, whole = rows(out), rows(tmp_path / "whole")
-    assert found.pop("scene-005")["error_kind"] == "killed_worker"
-    whole.pop("scene-005")
-    assert {name: row["response"] for name, row in found.items()} == {n: row["response"] for n, row in whole.items()}
+    assert_only_killer("scene-005", out, tmp_path / "whole")
     assert not (out / FOLDER).exists()

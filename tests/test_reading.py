@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import audited, forked, rows, run
+from runs import assert_only_killer, audited, forked, run
 
 from guardalign.audit import prepare
 from guardalign.cli import main
@@ -189,10 +189,6 @@ def test_without_ray_the_run_ends_after_some_resumes(tmp_path: Path) -> None:
     codes = [forked(audited, faults, *flags, "--output", out) for _ in range(6)]
     assert codes == [-signal.SIGSEGV] * 5 + [0]
     assert run(*flags, "--output", tmp_path / "whole") == 0
-    found, undisturbed = rows(out), rows(tmp_path / "whole")
-    assert found.pop("scene-005")["error_kind"] == "killed_worker"
-    undisturbed.pop("scene-005")
-    answers = [{name: row["response"] for name, row in some.items()} for some in (found, undisturbed)]
-    assert answers[0] == answers[1]
+    assert_only_killer("scene-005", out, tmp_path / "whole")
     assert not (out / FOLDER).exists()
     assert forked(verified, faults, out) == 0, "whoever recomputes rows does not touch it, either"
